@@ -1,0 +1,125 @@
+// The only door between the model and the machine. Each operation's formula stands here once; `ref` says what
+// it means, `cpu` (and other machines) how to do it fast.
+//
+// Letters: T tokens (rows), D inputs, N outputs, H query heads, G key/value heads, E head width.
+// All activations are float32 rows (Mat); weights are stored types (Weight). Rows of a Mat may be strided.
+// Kernels throw nothing; shapes are the caller's duty (CHECK). Operations are issued from one thread.
+// Results do not depend on the number of threads, bit for bit.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "base/types.h"
+
+namespace larosa {
+
+class ThreadPool;
+
+/// Which entries of each row were kept, with their values. Only the backend that made it can read it.
+class Selection {
+ public:
+  virtual ~Selection() = default;
+};
+
+/// Keys and values of one timeline, for all layers. Only the backend that made it can read it.
+class KvCache {
+ public:
+  virtual ~KvCache() = default;
+  /// Bytes of one token over all layers (for reports).
+  virtual int64_t bytes_per_token() const = 0;
+};
+
+struct KvShape {
+  int64_t layers = 0, kv_heads = 0, head_dim = 0, capacity = 0;  // capacity: tokens
+  DType dtype = DType::f32;                                      // f32 or f16
+};
+
+/// One output of a product: y (T, N) = x Wᵀ + bias, or += when accumulate is set.
+struct Product {
+  Weight weight;
+  Mat y;
+  bool accumulate = false;
+};
+
+/// Arithmetic of dense products over many rows. Decoding (one row) is float32 either way.
+enum class Products { f32, bf16 };
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  /// One line for logs: "cpu, 2 threads, AVX3, products float32 (oneDNN)".
+  virtual std::string describe() const = 0;
+  /// Name of the arithmetic that dense products over many rows use, for outputs: "float32", "bf16".
+  virtual std::string products_name() const = 0;
+
+  // -- memory ------------------------------------------------------------------------------------------
+  /// A selection for up to max_rows rows of max_cols entries.
+  virtual std::unique_ptr<Selection> make_selection(int64_t max_rows, int64_t max_cols) = 0;
+  /// An empty cache. Memory is taken as the timeline grows, not all at once.
+  virtual std::unique_ptr<KvCache> make_kv_cache(const KvShape& shape) = 0;
+
+  // -- operations --------------------------------------------------------------------------------------
+  /// x[t] = table[tokens[t]].                                  table (V, D) rows; tokens (T); x (T, D)
+  virtual void embed(const Weight& table, std::span<const int32_t> tokens, Mat x) = 0;
+
+  /// y[t,i] = x[t,i] / sqrt(mean_i x[t,i]² + eps) · gain[i].   x, y (T, D), may alias; gain (D) or null for ones
+  /// RMSNorm, arXiv 1910.07467 eq. 4.
+  virtual void rms_norm(Mat x, const float* gain, float eps, Mat y) = 0;
+
+  /// For every product: y = x Wᵀ (+ bias) (+ y).               x (T, D); y (T, N); x aliases no y
+  virtual void matmul(Mat x, std::span<const Product> products) = 0;
+
+  /// y = x R, a dense change of basis of the stream.           x, y (T, D), no alias; R (D, D) channels
+  virtual void rotate(Mat x, const Weight& basis, Mat y) = 0;
+
+  /// Keeps, in every row, the `keep` entries of largest |x[t,i]|·scale[i]; among equals the lower index.
+  /// Exactly keep entries, whatever the values; a NaN counts as largest.   x (T, D); scale (D) or null
+  /// LaRoSA, arXiv 2507.01299 §4.2; scale: WINA, arXiv 2505.19427 eq. 4.
+  virtual void topk(Mat x, const float* scale, int64_t keep, Selection& kept) = 0;
+
+  /// Keeps the entries with |x[t,i]|·scale[i] > cut.            x (T, D); scale (D) or null
+  /// TEAL, arXiv 2408.14690 eq. 1.
+  virtual void threshold(Mat x, const float* scale, float cut, Selection& kept) = 0;
+
+  /// matmul of the rows with everything that was not kept set to zero. With T = 1 and weights in `channels`
+  /// layout the dropped channels are not read.  Equals matmul of expand(kept) bit for bit on channels layout.
+  virtual void sparse_matmul(const Selection& kept, std::span<const Product> products) = 0;
+
+  /// y = the rows with zeros where nothing was kept.           y (T, D)
+  virtual void expand(const Selection& kept, Mat y) = 0;
+
+  /// Number of kept entries, all rows together.
+  virtual int64_t count(const Selection& kept) const = 0;
+
+  /// Rotary position embedding of positions pos … pos + T − 1 in place, halves paired (i, i + E/2), arXiv 2104.09864
+  /// eq. 34: angle = position · inv_freq[i].     q (T, H·E); k (T, G·E); inv_freq (E/2)
+  virtual void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) = 0;
+
+  /// Appends k, v at positions pos … pos + T − 1 of `layer`, then causal attention of q over the cache:
+  /// out[t,h] = Σ_j softmax_j(q[t,h]·k[j,g(h)] / √E) v[j,g(h)], j from max(0, p − window + 1) to p = pos + t
+  /// (window 0: from 0), g(h) = h / (H/G).         q, out (T, H·E); k, v (T, G·E); pos + T ≤ capacity
+  virtual void attend(Mat q, Mat k, Mat v, KvCache& cache, int64_t layer, int64_t pos, int64_t window, Mat out) = 0;
+
+  /// mid = SiLU(gate) · up, SiLU(z) = z / (1 + e^−z).          all (T, D); mid may alias gate or up
+  virtual void glu(Mat gate, Mat up, Mat mid) = 0;
+
+  /// Every row to log-probabilities: x[t,i] −= log Σ_j e^{x[t,j]}.   x (T, V), in place
+  virtual void log_softmax(Mat x) = 0;
+};
+
+/// The meaning of every operation: plain loops, double sums, no speed.
+std::unique_ptr<Backend> make_ref_backend();
+
+struct CpuOptions {
+  Products products = Products::f32;  // arithmetic of dense products over many rows
+};
+
+/// The fast CPU backend: Highway kernels with run-time dispatch, oneDNN for many rows. The environment variable
+/// LAROSA_ISA (portable, avx2, avx512) forces an instruction set; an unknown or unsupported one throws Error.
+std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options, ThreadPool& pool);
+
+}  // namespace larosa

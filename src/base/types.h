@@ -1,0 +1,83 @@
+// The words that every layer shares: element types and views of memory. Views own nothing.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <string>
+
+namespace larosa {
+
+/// Element types of stored tensors. Arithmetic is float32 throughout; these are storage.
+enum class DType { f32, f16, bf16, f64 };
+
+/// Bytes of one element.
+constexpr int64_t dtype_size(DType t) {
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
+}
+/// "f32", "f16", "bf16", "f64": the name in flags, logs and tables.
+constexpr const char* dtype_name(DType t) {
+  switch (t) {
+    case DType::f32:
+      return "f32";
+    case DType::f16:
+      return "f16";
+    case DType::bf16:
+      return "bf16";
+    case DType::f64:
+      return "f64";
+  }
+  return "?";
+}
+
+/// A view of float32 rows in backend memory. // (rows, cols), rows `stride` elements apart
+struct Mat {
+  float* data = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t stride = 0;
+
+  Mat() = default;
+  Mat(float* d, int64_t r, int64_t c) : data(d), rows(r), cols(c), stride(c) {}
+  Mat(float* d, int64_t r, int64_t c, int64_t s) : data(d), rows(r), cols(c), stride(s) {}
+  float* row(int64_t t) const { return data + t * stride; }
+  /// Rows [first, first + count).
+  Mat slice(int64_t first, int64_t count) const { return Mat(data + first * stride, count, cols, stride); }
+};
+
+/// How a weight lies in memory. `rows`: (out, in), one output's inputs are contiguous, as Hugging Face stores
+/// it. `channels`: (in, out), one input channel's outputs are contiguous, so that a dropped channel is never
+/// read.
+enum class Layout { rows, channels };
+
+/// A view of one linear map y = x Wᵀ + bias, in → out.
+struct Weight {
+  const void* data = nullptr;   // (out, in) or (in, out) by layout
+  const float* bias = nullptr;  // (out) or null
+  DType dtype = DType::f32;
+  Layout layout = Layout::rows;
+  int64_t in = 0;
+  int64_t out = 0;
+
+  int64_t bytes() const { return in * out * dtype_size(dtype); }
+  explicit operator bool() const { return data != nullptr; }
+};
+
+/// bfloat16 ↔ float32. Rounds to nearest even; NaN stays NaN.
+inline float bf16_to_f32(uint16_t v) {
+  return std::bit_cast<float>(uint32_t{v} << 16);
+}
+inline uint16_t f32_to_bf16(float f) {
+  const uint32_t bits = std::bit_cast<uint32_t>(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+/// IEEE binary16 ↔ float32. Rounds to nearest even; overflow gives infinity.
+float f16_to_f32(uint16_t v);
+uint16_t f32_to_f16(float f);
+
+/// Element i of an array of `dtype`, as float32 (f64 is rounded).
+float load_element(const void* data, DType dtype, int64_t i);
+/// Rounds `value` once to `dtype` and stores it as element i.
+void store_element(void* data, DType dtype, int64_t i, double value);
+
+}  // namespace larosa
