@@ -1,0 +1,241 @@
+// What every operation of the door means: plain loops, double sums, one rounding at the end, no speed.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <numeric>
+#include <vector>
+
+#include "backend/backend.h"
+#include "base/error.h"
+
+namespace larosa {
+namespace {
+
+/// The kept entries as a mask beside a copy of the rows.
+class RefSelection final : public Selection {
+ public:
+  void reset(Mat x) {
+    rows = x.rows;
+    cols = x.cols;
+    values.assign(static_cast<size_t>(rows * cols), 0.0f);
+    kept = 0;
+  }
+  void keep(int64_t t, int64_t i, float value) {
+    values[static_cast<size_t>(t * cols + i)] = value;
+    ++kept;
+  }
+
+  int64_t rows = 0, cols = 0, kept = 0;
+  std::vector<float> values;  // (rows, cols), zero where dropped
+};
+
+/// Keys and values as one growing array of stored elements per layer.
+class RefKvCache final : public KvCache {
+ public:
+  explicit RefKvCache(const KvShape& s) : shape(s), keys(size_t(s.layers)), values(size_t(s.layers)) {}
+  int64_t bytes_per_token() const override { return 2 * shape.layers * width() * dtype_size(shape.dtype); }
+  int64_t width() const { return shape.kv_heads * shape.head_dim; }
+
+  void append(std::vector<char>& rows, Mat x, int64_t pos) const {
+    const int64_t end = (pos + x.rows) * width() * dtype_size(shape.dtype);
+    rows.resize(std::max(rows.size(), static_cast<size_t>(end)));
+    for (int64_t t = 0; t < x.rows; ++t) {
+      for (int64_t i = 0; i < width(); ++i) {
+        store_element(rows.data(), shape.dtype, (pos + t) * width() + i, x.row(t)[i]);
+      }
+    }
+  }
+  double at(const std::vector<char>& rows, int64_t pos, int64_t g, int64_t e) const {
+    return load_element(rows.data(), shape.dtype, pos * width() + g * shape.head_dim + e);
+  }
+
+  KvShape shape;
+  std::vector<std::vector<char>> keys, values;  // per layer (positions, G, E)
+};
+
+/// |x| · scale in float32, as every backend computes it; NaN becomes larger than infinity.
+double score(float x, const float* scale, int64_t i) {
+  const float s = scale ? std::fabs(x) * scale[i] : std::fabs(x);
+  return std::isnan(s)                                ? std::numeric_limits<double>::infinity()
+         : s < std::numeric_limits<float>::infinity() ? static_cast<double>(s)
+                                                      : std::numeric_limits<double>::max();
+}
+
+class RefBackend final : public Backend {
+ public:
+  std::string describe() const override { return "ref, 1 thread, plain loops, products float64"; }
+  std::string products_name() const override { return "float64"; }
+
+  std::unique_ptr<Selection> make_selection(int64_t, int64_t) override {
+    return std::make_unique<RefSelection>();
+  }
+  std::unique_ptr<KvCache> make_kv_cache(const KvShape& shape) override {
+    CHECK(shape.dtype == DType::f32 || shape.dtype == DType::f16);
+    return std::make_unique<RefKvCache>(shape);
+  }
+
+  void embed(const Weight& table, std::span<const int32_t> tokens, Mat x) override {
+    CHECK(table.layout == Layout::rows && x.cols == table.in && x.rows == int64_t(tokens.size()));
+    for (int64_t t = 0; t < x.rows; ++t) {
+      const int64_t token = tokens[static_cast<size_t>(t)];
+      CHECK(token >= 0 && token < table.out);
+      for (int64_t i = 0; i < x.cols; ++i) {
+        x.row(t)[i] = load_element(table.data, table.dtype, token * table.in + i);
+      }
+    }
+  }
+
+  void rms_norm(Mat x, const float* gain, float eps, Mat y) override {
+    CHECK(x.rows == y.rows && x.cols == y.cols);
+    for (int64_t t = 0; t < x.rows; ++t) {
+      double sum = 0;
+      for (int64_t i = 0; i < x.cols; ++i) sum += double(x.row(t)[i]) * x.row(t)[i];
+      const double factor = 1 / std::sqrt(sum / double(x.cols) + eps);
+      for (int64_t i = 0; i < x.cols; ++i) {
+        y.row(t)[i] = static_cast<float>(x.row(t)[i] * factor * (gain ? gain[i] : 1.0));
+      }
+    }
+  }
+
+  void matmul(Mat x, std::span<const Product> products) override {
+    for (const Product& p : products) product(x, p);
+  }
+
+  void rotate(Mat x, const Weight& basis, Mat y) override { product(x, Product{basis, y, false}); }
+
+  void topk(Mat x, const float* scale, int64_t keep, Selection& kept) override {
+    CHECK(keep >= 0 && keep <= x.cols);
+    RefSelection& selection = static_cast<RefSelection&>(kept);
+    selection.reset(x);
+    std::vector<int64_t> order(static_cast<size_t>(x.cols));
+    for (int64_t t = 0; t < x.rows; ++t) {
+      const float* row = x.row(t);
+      std::iota(order.begin(), order.end(), int64_t{0});
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        return score(row[a], scale, a) > score(row[b], scale, b);
+      });
+      for (int64_t s = 0; s < keep; ++s) selection.keep(t, order[size_t(s)], row[order[size_t(s)]]);
+    }
+  }
+
+  void threshold(Mat x, const float* scale, float cut, Selection& kept) override {
+    RefSelection& selection = static_cast<RefSelection&>(kept);
+    selection.reset(x);
+    for (int64_t t = 0; t < x.rows; ++t) {
+      for (int64_t i = 0; i < x.cols; ++i) {
+        const float value = x.row(t)[i];
+        const float s = scale ? std::fabs(value) * scale[i] : std::fabs(value);
+        if (!(s <= cut)) selection.keep(t, i, value);
+      }
+    }
+  }
+
+  void sparse_matmul(const Selection& kept, std::span<const Product> products) override {
+    RefSelection rows = static_cast<const RefSelection&>(kept);
+    matmul(Mat(rows.values.data(), rows.rows, rows.cols), products);
+  }
+
+  void expand(const Selection& kept, Mat y) override {
+    const RefSelection& selection = static_cast<const RefSelection&>(kept);
+    CHECK(selection.rows == y.rows && selection.cols == y.cols);
+    for (int64_t t = 0; t < y.rows; ++t) std::copy_n(&selection.values[size_t(t * y.cols)], y.cols, y.row(t));
+  }
+
+  int64_t count(const Selection& kept) const override { return static_cast<const RefSelection&>(kept).kept; }
+
+  void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) override {
+    const int64_t half = head_dim / 2;
+    for (const Mat& m : {q, k}) {
+      for (int64_t t = 0; t < m.rows; ++t) {
+        for (float* head = m.row(t); head < m.row(t) + m.cols; head += head_dim) {
+          for (int64_t i = 0; i < half; ++i) {
+            const float angle = static_cast<float>(pos + t) * inv_freq[i];
+            const double c = static_cast<float>(std::cos(double{angle}));
+            const double s = static_cast<float>(std::sin(double{angle}));
+            const double a = head[i], b = head[i + half];
+            head[i] = static_cast<float>(a * c - b * s);
+            head[i + half] = static_cast<float>(b * c + a * s);
+          }
+        }
+      }
+    }
+  }
+
+  void attend(Mat q, Mat k, Mat v, KvCache& cache, int64_t layer, int64_t pos, int64_t window,
+              Mat out) override {
+    RefKvCache& kv = static_cast<RefKvCache&>(cache);
+    CHECK(pos >= 0 && pos + q.rows <= kv.shape.capacity && layer >= 0 && layer < kv.shape.layers);
+    const std::vector<char>& keys = kv.keys[size_t(layer)];
+    const std::vector<char>& values = kv.values[size_t(layer)];
+    kv.append(kv.keys[size_t(layer)], k, pos);
+    kv.append(kv.values[size_t(layer)], v, pos);
+    const int64_t width = kv.shape.head_dim, heads = q.cols / width;
+    for (int64_t t = 0; t < q.rows; ++t) {
+      const int64_t last = pos + t, first = window > 0 ? std::max<int64_t>(0, last - window + 1) : 0;
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t g = h / (heads / kv.shape.kv_heads);
+        std::vector<double> weight(static_cast<size_t>(last - first + 1));
+        for (int64_t j = first; j <= last; ++j) {
+          double dot = 0;
+          for (int64_t e = 0; e < width; ++e) dot += q.row(t)[h * width + e] * kv.at(keys, j, g, e);
+          weight[size_t(j - first)] = dot / std::sqrt(double(width));
+        }
+        const double top = *std::max_element(weight.begin(), weight.end());
+        double sum = 0;
+        for (double& w : weight) sum += w = std::exp(w - top);
+        for (int64_t e = 0; e < width; ++e) {
+          double mean = 0;
+          for (int64_t j = first; j <= last; ++j) mean += weight[size_t(j - first)] * kv.at(values, j, g, e);
+          out.row(t)[h * width + e] = static_cast<float>(mean / sum);
+        }
+      }
+    }
+  }
+
+  void glu(Mat gate, Mat up, Mat mid) override {
+    for (int64_t t = 0; t < gate.rows; ++t) {
+      for (int64_t i = 0; i < gate.cols; ++i) {
+        const double z = gate.row(t)[i];
+        mid.row(t)[i] = static_cast<float>(z / (1 + std::exp(-z)) * up.row(t)[i]);
+      }
+    }
+  }
+
+  void log_softmax(Mat x) override {
+    for (int64_t t = 0; t < x.rows; ++t) {
+      float* row = x.row(t);
+      const double top = *std::max_element(row, row + x.cols);
+      double sum = 0;
+      for (int64_t i = 0; i < x.cols; ++i) sum += std::exp(row[i] - top);
+      const double total = top + std::log(sum);
+      for (int64_t i = 0; i < x.cols; ++i) row[i] = static_cast<float>(row[i] - total);
+    }
+  }
+
+ private:
+  static void product(Mat x, const Product& p) {
+    const Weight& w = p.weight;
+    CHECK(x.cols == w.in && p.y.cols == w.out && p.y.rows == x.rows);
+    for (int64_t t = 0; t < x.rows; ++t) {
+      for (int64_t j = 0; j < w.out; ++j) {
+        double sum = 0;
+        for (int64_t i = 0; i < w.in; ++i) {
+          const int64_t at = w.layout == Layout::rows ? j * w.in + i : i * w.out + j;
+          sum += double(x.row(t)[i]) * load_element(w.data, w.dtype, at);
+        }
+        if (w.bias) sum += w.bias[j];
+        if (p.accumulate) sum += p.y.row(t)[j];
+        p.y.row(t)[j] = static_cast<float>(sum);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_ref_backend() {
+  return std::make_unique<RefBackend>();
+}
+
+}  // namespace larosa
