@@ -1,0 +1,140 @@
+#include "model/decoder.h"
+
+#include <algorithm>
+#include <array>
+
+#include "base/error.h"
+
+namespace larosa {
+
+/// What one layer's pass over some rows needs to know.
+struct Decoder::Step {
+  const Layer& layer;
+  const Pass& pass;
+  std::array<Mat, 7> out;  // where each projection's result goes
+  Mat stream;              // x of the layer, for the observer
+};
+
+Decoder::Decoder(const ModelConfig& config, Backend& backend, int64_t max_rows)
+    : config_(config), backend_(backend), max_rows_(max_rows), inv_freq_(config.inv_freq()) {
+  const int64_t widest = std::max({config.dim, config.q_dim(), config.ffn});
+  const int64_t cols[] = {config.dim, config.q_dim(), config.kv_dim(), config.kv_dim(), config.q_dim(),
+                          config.ffn, config.ffn,     config.dim,      widest,          widest};
+  Mat* const mats[] = {&h_, &q_, &k_, &v_, &att_, &gate_, &up_, &x_, &turned_, &back_};
+  int64_t total = 0;
+  for (int64_t c : cols) total += c;
+  memory_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(total * max_rows));
+  float* next = memory_.get();
+  for (size_t i = 0; i < std::size(cols); ++i) {
+    *mats[i] = Mat(next, max_rows, cols[i]);
+    next += max_rows * cols[i];
+  }
+  kept_ = backend.make_selection(max_rows, widest);
+}
+
+Decoder::~Decoder() = default;
+
+void Decoder::embed(const OuterWeights& outer, std::span<const int32_t> tokens, Mat x) {
+  backend_.embed(outer.embed, tokens, x);
+}
+
+/// The interpreter of the plan: every group of projections that reads `site`, thinned by its rule.
+void Decoder::apply(const Step& step, Site site, Mat entries) {
+  if (step.pass.observer) {
+    const bool normalised = site == Site::h1 || site == Site::h3;
+    step.pass.observer->see(site, entries, normalised ? step.stream : Mat());
+  }
+  const Layer& layer = step.layer;
+  for (size_t g = 0; g < layer.plan.groups.size(); ++g) {
+    const Group& group = layer.plan.groups[g];
+    if (site_of(group.projections[0]) != site) continue;
+    std::array<Product, 7> storage;
+    size_t n = 0;
+    for (Projection p : group.projections) {
+      const bool residual = p == Projection::wo || p == Projection::down;
+      storage[n++] = {layer.weights[p], step.out[static_cast<size_t>(p)], residual};
+    }
+    const std::span<const Product> products(storage.data(), n);
+    const Rule& rule = group.rule;
+    if (step.pass.dense || rule.select == Select::all) {
+      backend_.matmul(entries, products);
+      continue;
+    }
+    Mat vector = entries;
+    const Mat turned(turned_.data, entries.rows, entries.cols);
+    if (rule.rotated) {
+      backend_.rotate(entries, layer.groups[g].basis, turned);
+      vector = turned;
+    }
+    if (rule.select == Select::topk) {
+      backend_.topk(vector, layer.groups[g].scale, rule.keep, *kept_);
+    } else {
+      backend_.threshold(vector, layer.groups[g].scale, rule.cut, *kept_);
+    }
+    if (!rule.rotated) {
+      backend_.sparse_matmul(*kept_, products);
+      continue;
+    }
+    const Mat back(back_.data, entries.rows, entries.cols);
+    Weight transposed = layer.groups[g].basis;  // the same numbers read as rows: B Bᵀ = 1
+    transposed.layout = Layout::rows;
+    backend_.expand(*kept_, turned);
+    backend_.rotate(turned, transposed, back);
+    backend_.matmul(back, products);
+  }
+}
+
+void Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos,
+                    Mat x, const Pass& pass) {
+  CHECK(x.rows <= max_rows_);
+  const int64_t rows = x.rows;
+  const auto view = [rows](const Mat& m) { return Mat(m.data, rows, m.cols); };
+  const Mat h = view(h_), q = view(q_), k = view(k_), v = view(v_), att = view(att_), gate = view(gate_),
+            up = view(up_);
+  const Step step{layer, pass, {q, k, v, x, gate, up, x}, x};
+  const LayerWeights& w = layer.weights;
+
+  backend_.rms_norm(x, w.norm_attn, config_.norm_eps, h);
+  apply(step, Site::h1, h);
+  if (w.norm_q) {
+    const Mat q_heads(q.data, rows * config_.heads, config_.head_dim);
+    const Mat k_heads(k.data, rows * config_.kv_heads, config_.head_dim);
+    backend_.rms_norm(q_heads, w.norm_q, config_.norm_eps, q_heads);
+    backend_.rms_norm(k_heads, w.norm_k, config_.norm_eps, k_heads);
+  }
+  backend_.rope(q, k, config_.head_dim, pos, inv_freq_.data());
+  backend_.attend(q, k, v, cache, cache_layer, pos, config_.window_of(index), att);
+  apply(step, Site::h2, att);
+
+  backend_.rms_norm(x, w.norm_mlp, config_.norm_eps, h);
+  apply(step, Site::h3, h);
+  backend_.glu(gate, up, gate);
+  apply(step, Site::h4, gate);
+
+  if (layer.adapter) {
+    backend_.rotate(x, layer.adapter, h);
+    for (int64_t t = 0; t < rows; ++t) std::copy_n(h.row(t), x.cols, x.row(t));
+  }
+}
+
+void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, int64_t pos,
+                      const Pass& pass, Mat hidden) {
+  for (size_t first = 0; first < tokens.size();) {
+    const size_t count = std::min(tokens.size() - first, static_cast<size_t>(max_rows_));
+    const int64_t offset = static_cast<int64_t>(first), rows = static_cast<int64_t>(count);
+    const Mat x(x_.data, rows, config_.dim);
+    embed(model.outer, tokens.subspan(first, count), x);
+    for (int64_t l = 0; l < config_.layers; ++l) {
+      layer(model.layers[static_cast<size_t>(l)], l, cache, l, pos + offset, x, pass);
+    }
+    backend_.rms_norm(x, model.outer.norm_out, config_.norm_eps, hidden.slice(offset, rows));
+    first += count;
+  }
+}
+
+void Decoder::logits(const Model& model, Mat hidden, Mat logits) {
+  const Product product{model.outer.head, logits, false};
+  backend_.matmul(hidden, std::span(&product, 1));
+}
+
+}  // namespace larosa

@@ -1,0 +1,69 @@
+// The one decoder loop, in terms of the backend's operations. It knows no machine and no method: what is
+// thinned stands in each layer's plan.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "backend/backend.h"
+#include "model/model.h"
+
+namespace larosa {
+
+/// Sees the activations that pass a site, before they are thinned (calibration).
+class Observer {
+ public:
+  virtual ~Observer() = default;
+  /// entries (T, D): the vector that the site's projections read. stream (T, dim): the residual stream it was
+  /// normalised from, for h1 and h3; empty for h2 and h4.
+  virtual void see(Site site, Mat entries, Mat stream) = 0;
+};
+
+/// How rows are treated.
+struct Pass {
+  bool dense = false;  // read every channel whatever the plan says
+  Observer* observer = nullptr;
+};
+
+class Decoder {
+ public:
+  /// Rows that go through the layers at once; longer inputs are cut. Bounds the working memory.
+  static constexpr int64_t kBatch = 512;
+
+  /// Scratch for up to max_rows rows at once. config and backend must outlive the decoder.
+  Decoder(const ModelConfig& config, Backend& backend, int64_t max_rows = kBatch);
+  ~Decoder();
+
+  /// x (T, dim) = embeddings of tokens; T ≤ max_rows.
+  void embed(const OuterWeights& outer, std::span<const int32_t> tokens, Mat x);
+
+  /// One layer in place on x (T, dim): positions pos … pos + T − 1 of `cache`, whose layer `cache_layer` it
+  /// uses; `index` is the layer's number in the model (its window). T ≤ max_rows.
+  void layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos, Mat x,
+             const Pass& pass);
+
+  /// hidden (T, dim) = the normalised last hidden states of tokens at positions pos … of cache. Any T ≥ 1.
+  void forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, int64_t pos,
+               const Pass& pass, Mat hidden);
+
+  /// logits (T, vocab) of normalised hidden states (T, dim).
+  void logits(const Model& model, Mat hidden, Mat logits);
+
+  int64_t max_rows() const { return max_rows_; }
+
+ private:
+  struct Step;
+  void apply(const Step& step, Site site, Mat entries);
+
+  const ModelConfig& config_;
+  Backend& backend_;
+  int64_t max_rows_;
+  std::vector<float> inv_freq_;
+  std::unique_ptr<float[]> memory_;
+  Mat h_, q_, k_, v_, att_, gate_, up_, x_, turned_, back_;
+  std::unique_ptr<Selection> kept_;
+};
+
+}  // namespace larosa

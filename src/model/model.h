@@ -1,0 +1,75 @@
+// A model ready to run: numbers, weights, plan. Loaded from a Hugging Face directory (dense) or from a
+// directory that `larosa sparsify` wrote, or filled with random weights to time a shape.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/types.h"
+#include "io/safetensors.h"
+#include "model/config.h"
+#include "model/weights.h"
+#include "plan/plan.h"
+
+namespace larosa {
+
+/// What a group's rule needs besides numbers; null or empty where the rule does not ask for it.
+struct GroupData {
+  const float* scale = nullptr;  // (D) score weights
+  Weight basis;                  // (D, D) channels: h B
+};
+
+/// One layer: its weights and how they are read.
+struct Layer {
+  LayerWeights weights;
+  LayerPlan plan = dense_layer();
+  std::vector<GroupData> groups;  // beside plan.groups
+  Weight adapter;                 // (dim, dim) channels: basis of this layer → basis of the next; or empty
+};
+
+struct Model {
+  ModelConfig config;
+  Plan plan;  // the layers' plans and where they come from; dense: method "dense"
+  std::vector<Layer> layers;
+  OuterWeights outer;
+  std::optional<Checkpoint> checkpoint;              // keeps the mapped files; none for random weights
+  std::vector<std::unique_ptr<std::byte[]>> memory;  // random weights
+};
+
+/// Loads `dir`. Throws Error for everything that load_config, Checkpoint, load_layer and validate refuse.
+Model load_model(const std::string& dir);
+
+/// True when `dir`/config.json has a `larosa` section, that is, when sparsify wrote it.
+bool is_larosa_dir(const std::string& dir);
+
+/// Numbers that a plan is checked against.
+PlanShape plan_shape(const ModelConfig& config);
+
+/// Bytes that decoding one token reads, by what they are for.
+struct TokenBytes {
+  int64_t projections = 0;        // kept channels of the seven projections, all layers
+  int64_t projections_dense = 0;  // the same with every channel kept
+  int64_t adapters = 0;
+  int64_t thinning = 0;         // score weights and run-time bases
+  int64_t outer = 0;            // head, norms, biases, one embedding row
+  int64_t kv_per_position = 0;  // keys and values of one earlier token, all layers, for a float32 cache
+
+  int64_t sparse(int64_t positions = 0) const {
+    return projections + adapters + thinning + outer + positions * kv_per_position;
+  }
+  /// The model as it came: every channel, no adapter, no score weights.
+  int64_t dense(int64_t positions = 0) const {
+    return projections_dense + outer + positions * kv_per_position;
+  }
+};
+TokenBytes token_bytes(const Model& model);
+
+/// Bytes of all tensors that running the model may touch.
+int64_t model_bytes(const Model& model);
+/// Number of parameters of the model's shape (tied head counted once).
+int64_t parameter_count(const ModelConfig& config);
+
+}  // namespace larosa
