@@ -1,0 +1,178 @@
+#include "model/model.h"
+
+#include <algorithm>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "base/error.h"
+
+namespace larosa {
+namespace {
+
+std::string layer_name(int64_t l, const std::string& name) {
+  return "layers." + std::to_string(l) + "." + name;
+}
+
+/// A weight of a larosa directory: (in, out) channels, or (out, in) rows.
+Weight stored_weight(const Checkpoint& checkpoint, const std::string& name, int64_t in, int64_t out,
+                     Layout layout) {
+  const int64_t shape[2] = {layout == Layout::channels ? in : out, layout == Layout::channels ? out : in};
+  const Tensor tensor = checkpoint.get(name, shape);
+  if (tensor.dtype == DType::f64)
+    fail(checkpoint.file_of(name), ": tensor ", name, ": dtype F64 is not supported here");
+  return Weight{tensor.data, nullptr, tensor.dtype, layout, in, out};
+}
+
+const float* stored_vector(const Checkpoint& checkpoint, const std::string& name, int64_t n,
+                           std::vector<std::unique_ptr<float[]>>& owned) {
+  return widen(checkpoint.get(name, std::span(&n, 1)), owned);
+}
+
+const float* optional_vector(const Checkpoint& checkpoint, const std::string& name, int64_t n,
+                             std::vector<std::unique_ptr<float[]>>& owned) {
+  return checkpoint.find(name) ? stored_vector(checkpoint, name, n, owned) : nullptr;
+}
+
+Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config, const LayerPlan& plan,
+                        int64_t l) {
+  Layer layer;
+  layer.plan = plan;
+  LayerWeights& w = layer.weights;
+  for (Projection p : kProjections) {
+    const std::string name = layer_name(l, projection_name(p));
+    w[p] = stored_weight(checkpoint, name, projection_in(config, p), projection_out(config, p),
+                         Layout::channels);
+    const bool biased = (site_of(p) == Site::h1 && config.bias_qkv) || (p == Projection::wo && config.bias_o);
+    if (biased) w[p].bias = stored_vector(checkpoint, name + ".bias", w[p].out, w.owned);
+  }
+  w.norm_attn = optional_vector(checkpoint, layer_name(l, "norm_attn"), config.dim, w.owned);
+  w.norm_mlp = optional_vector(checkpoint, layer_name(l, "norm_mlp"), config.dim, w.owned);
+  if (config.qk_norm) {
+    w.norm_q = stored_vector(checkpoint, layer_name(l, "norm_q"), config.head_dim, w.owned);
+    w.norm_k = stored_vector(checkpoint, layer_name(l, "norm_k"), config.head_dim, w.owned);
+  }
+  if (plan.adapter)
+    layer.adapter =
+        stored_weight(checkpoint, layer_name(l, "adapter"), config.dim, config.dim, Layout::channels);
+  for (const Group& group : plan.groups) {
+    GroupData data;
+    const std::string name = layer_name(l, projection_name(group.projections[0]));
+    const int64_t width = projection_in(config, group.projections[0]);
+    if (group.rule.scaled) data.scale = stored_vector(checkpoint, name + ".scale", width, w.owned);
+    if (group.rule.rotated)
+      data.basis = stored_weight(checkpoint, name + ".basis", width, width, Layout::channels);
+    layer.groups.push_back(data);
+  }
+  return layer;
+}
+
+void load_stored(Model& model, const std::string& dir) {
+  const Checkpoint& checkpoint = *model.checkpoint;
+  const ModelConfig& config = model.config;
+  const auto& metadata = checkpoint.metadata();
+  const auto plan = metadata.find("larosa.plan");
+  if (plan == metadata.end()) fail(dir, ": no tensor file carries a plan (metadata larosa.plan)");
+  model.plan = plan_from_json(plan->second, dir);
+  validate(model.plan, plan_shape(config), dir);
+  const auto source = metadata.find("larosa.fingerprint");
+  if (source == metadata.end() || source->second != model.plan.fingerprint) {
+    fail(dir, ": the plan was made for another model (fingerprint ", model.plan.fingerprint,
+         ", the tensors say ", source == metadata.end() ? "nothing" : source->second, ")");
+  }
+  OuterWeights& outer = model.outer;
+  outer.embed = stored_weight(checkpoint, "embed", config.dim, config.vocab, Layout::rows);
+  outer.head = checkpoint.find("head")
+                   ? stored_weight(checkpoint, "head", config.dim, config.vocab, Layout::rows)
+                   : outer.embed;
+  outer.norm_out = optional_vector(checkpoint, "norm_out", config.dim, outer.owned);
+  for (int64_t l = 0; l < config.layers; ++l) {
+    model.layers.push_back(
+        load_stored_layer(checkpoint, config, model.plan.layers[static_cast<size_t>(l)], l));
+  }
+}
+
+}  // namespace
+
+bool is_larosa_dir(const std::string& dir) {
+  std::ifstream file(std::filesystem::path(dir) / "config.json");
+  const nlohmann::json config = nlohmann::json::parse(file, nullptr, false);
+  return config.is_object() && config.contains("larosa");
+}
+
+Model load_model(const std::string& dir) {
+  Model model;
+  model.config = load_config(dir);
+  model.checkpoint = Checkpoint::open(dir);
+  if (is_larosa_dir(dir)) {
+    load_stored(model, dir);
+    return model;
+  }
+  model.plan.method = "dense";
+  model.plan.form = "folded";
+  model.outer = load_outer(*model.checkpoint, model.config);
+  for (int64_t l = 0; l < model.config.layers; ++l) {
+    Layer layer;
+    layer.weights = load_layer(*model.checkpoint, model.config, l);
+    layer.groups.resize(layer.plan.groups.size());
+    model.plan.layers.push_back(layer.plan);
+    model.layers.push_back(std::move(layer));
+  }
+  return model;
+}
+
+PlanShape plan_shape(const ModelConfig& config) {
+  PlanShape shape;
+  shape.layers = config.layers;
+  for (Projection p : kProjections) {
+    shape.site_dim[static_cast<size_t>(site_of(p))] = projection_in(config, p);
+    shape.projection_weights[static_cast<size_t>(p)] = projection_in(config, p) * projection_out(config, p);
+  }
+  return shape;
+}
+
+TokenBytes token_bytes(const Model& model) {
+  const ModelConfig& c = model.config;
+  TokenBytes bytes;
+  for (const Layer& layer : model.layers) {
+    for (size_t g = 0; g < layer.plan.groups.size(); ++g) {
+      const Group& group = layer.plan.groups[g];
+      for (Projection p : group.projections) {
+        const Weight& w = layer.weights[p];
+        bytes.projections_dense += w.bytes();
+        const bool thinned = group.rule.select == Select::topk && !group.rule.rotated;
+        bytes.projections += thinned ? group.rule.keep * w.out * dtype_size(w.dtype) : w.bytes();
+        if (w.bias) bytes.outer += w.out * 4;
+      }
+      if (group.rule.scaled) bytes.thinning += layer.weights[group.projections[0]].in * 4;
+      if (group.rule.rotated) bytes.thinning += 2 * layer.groups[g].basis.bytes();
+    }
+    bytes.adapters += layer.adapter ? layer.adapter.bytes() : 0;
+    bytes.outer += (layer.weights.norm_attn ? c.dim * 4 : 0) + (layer.weights.norm_mlp ? c.dim * 4 : 0) +
+                   (layer.weights.norm_q ? 2 * c.head_dim * 4 : 0);
+  }
+  bytes.outer += model.outer.head.bytes() + c.dim * dtype_size(model.outer.embed.dtype) +
+                 (model.outer.norm_out ? c.dim * 4 : 0);
+  bytes.kv_per_position = c.layers * 2 * c.kv_dim() * 4;
+  return bytes;
+}
+
+int64_t model_bytes(const Model& model) {
+  if (model.checkpoint) return model.checkpoint->bytes();
+  int64_t total = model.outer.embed.bytes() +
+                  (model.outer.head.data != model.outer.embed.data ? model.outer.head.bytes() : 0);
+  for (const Layer& layer : model.layers) {
+    for (const Weight& w : layer.weights.projection) total += w.bytes();
+    if (layer.adapter) total += layer.adapter.bytes();
+  }
+  return total;
+}
+
+int64_t parameter_count(const ModelConfig& c) {
+  int64_t per_layer = layer_weights(c) + 2 * c.dim + (c.qk_norm ? 2 * c.head_dim : 0);
+  if (c.bias_qkv) per_layer += c.q_dim() + 2 * c.kv_dim();
+  if (c.bias_o) per_layer += c.dim;
+  return c.vocab * c.dim * (c.tied ? 1 : 2) + c.layers * per_layer + c.dim;
+}
+
+}  // namespace larosa

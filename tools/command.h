@@ -1,0 +1,41 @@
+// The commands of the one binary. A command is a row of the table in main.cpp and a file of its own.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <string>
+
+#include "backend/backend.h"
+#include "base/thread_pool.h"
+
+namespace larosa {
+
+/// Declares a command's options on `app` and returns what runs it (exit code).
+using Setup = std::function<int()> (*)(CLI::App& app);
+
+std::function<int()> setup_sparsify(CLI::App& app);
+std::function<int()> setup_run(CLI::App& app);
+std::function<int()> setup_perplexity(CLI::App& app);
+std::function<int()> setup_inspect(CLI::App& app);
+std::function<int()> setup_bench(CLI::App& app);
+
+/// Flags that every command that computes shares: -t/--threads, --backend, --products, --no-progress.
+struct MachineOptions {
+  int threads = 0;               // 0: one per available core
+  std::string backend = "cpu";   // cpu or ref
+  std::string products = "f32";  // f32 or bf16: arithmetic of dense products over many rows
+  bool no_progress = false;
+  void declare(CLI::App& app);
+};
+
+/// The machine that the options ask for. `pool` outlives the backend.
+struct Machine {
+  std::unique_ptr<ThreadPool> pool;
+  std::unique_ptr<Backend> backend;
+};
+Machine make_machine(const MachineOptions& options);
+
+/// The whole file (`-`: standard input). Throws Error naming the path.
+std::string read_text(const std::string& path);
+
+}  // namespace larosa

@@ -1,0 +1,41 @@
+// Options and input that the commands share.
+#include <fstream>
+#include <iostream>
+#include <iterator>
+
+#include "base/error.h"
+#include "command.h"
+
+namespace larosa {
+
+void MachineOptions::declare(CLI::App& app) {
+  app.add_option("-t,--threads", threads, "Threads (default: one per available core)")
+      ->check(CLI::Range(1, 1024));
+  app.add_option("--backend", backend,
+                 "Backend: cpu, or ref (plain loops, slow, the meaning of every operation)")
+      ->check(CLI::IsMember({"cpu", "ref"}))
+      ->capture_default_str();
+  app.add_option("--products", products, "Arithmetic of dense products over many rows")
+      ->check(CLI::IsMember({"f32", "bf16"}))
+      ->capture_default_str();
+  app.add_flag("--no-progress", no_progress, "No progress bar");
+}
+
+Machine make_machine(const MachineOptions& options) {
+  Machine machine;
+  machine.pool = std::make_unique<ThreadPool>(options.threads);
+  const CpuOptions cpu{options.products == "bf16" ? Products::bf16 : Products::f32};
+  machine.backend = options.backend == "ref" ? make_ref_backend() : make_cpu_backend(cpu, *machine.pool);
+  return machine;
+}
+
+std::string read_text(const std::string& path) {
+  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
+  std::ifstream file(path, std::ios::binary);
+  if (!file) fail(path, ": cannot be opened");
+  std::string text{std::istreambuf_iterator<char>(file), {}};
+  if (file.bad() || (file.fail() && !file.eof())) fail(path, ": cannot be read");
+  return text;
+}
+
+}  // namespace larosa
