@@ -1,0 +1,74 @@
+// Sparsity methods: each says which statistics it wants, in which bases it thins, and writes a layer's plan.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "calib/matrix.h"
+#include "model/config.h"
+#include "plan/plan.h"
+
+namespace larosa {
+
+/// folded: bases are merged into the weights, what a deployment runs. simulate: the weights stay as they are
+/// and the bases are applied at run time; shows what a choice costs in quality without storage rounding.
+enum class Form { folded, simulate };
+/// What Top-K compares: |x_i|, or |x_i| times the norm of the weights that read it (WINA, arXiv 2505.19427
+/// eq. 4).
+enum class Score { magnitude, norm };
+
+/// What a method is asked for.
+struct Choice {
+  double sparsity = 0.5;  // share of the projections' weight bytes not read per token
+  std::array<double, 4> site_scale = {1, 1, 1, 1};  // relative sparsity of h1 h2 h3 h4
+  Form form = Form::folded;
+  Score score = Score::norm;
+  bool pool = true;         // basis from h1 and h3 together, else from h1 alone
+  bool rotate_h2 = true;    // attention output in a basis per KV head
+  bool after_gain = false;  // thin after the RMSNorm gain, as the published simulation does (simulate only)
+};
+
+/// Second moments Σ xᵀx of one layer's activations, upper triangles; empty where not wanted.
+struct Moments {
+  Matrix h1, h3;              // (dim, dim)
+  std::vector<Matrix> heads;  // per KV head (head_dim, head_dim): its query heads' attention outputs
+};
+
+/// Bases of one layer; empty: not rotated.
+struct Bases {
+  Matrix stream;              // (dim, dim), columns are the basis vectors of h1 and h3
+  std::vector<Matrix> heads;  // per KV head (head_dim, head_dim)
+};
+
+struct Wants {
+  bool stream = false, heads = false;
+  bool any() const { return stream || heads; }
+};
+
+/// A row of the methods table.
+struct Method {
+  const char* name;
+  const char* summary;
+  Wants (*wants)(const Choice& choice);
+  Bases (*bases)(const Moments& moments, const Choice& choice);
+  LayerPlan (*plan)(const Choice& choice, const std::array<int64_t, 4>& keep);
+};
+
+std::span<const Method> methods();
+/// Throws Error listing the known names.
+const Method& find_method(const std::string& name);
+
+/// Kept entries per site for a sparsity in weight bytes: keep_i = round(D_i (1 − s_i)), s_i = min(0.95,
+/// s·scale_i) with s such that Σ weights_i s_i = sparsity · Σ weights_i (LaRoSA §4.3 with the budget counted
+/// in weights). Throws Error when sparsity is outside [0, 0.95] or no s reaches it.
+std::array<int64_t, 4> site_keeps(const ModelConfig& config, double sparsity,
+                                  const std::array<double, 4>& site_scale);
+
+/// The usual four groups, each thinned by Top-K; `rotated` marks the sites with a run-time basis.
+LayerPlan topk_layer(const Choice& choice, const std::array<int64_t, 4>& keep,
+                     const std::array<bool, 4>& rotated);
+
+}  // namespace larosa

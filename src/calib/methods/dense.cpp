@@ -1,0 +1,11 @@
+// Every channel is read: the model in our layout, the baseline of all others.
+#include "calib/methods.h"
+
+namespace larosa {
+
+extern const Method kDense;
+const Method kDense = {"dense", "keep everything", [](const Choice&) { return Wants{}; },
+                       [](const Moments&, const Choice&) { return Bases{}; },
+                       [](const Choice&, const std::array<int64_t, 4>&) { return dense_layer(); }};
+
+}  // namespace larosa

@@ -1,0 +1,96 @@
+#include "calib/statistics.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+
+namespace larosa {
+namespace {
+
+/// Adds what passes the sites to a layer's moments.
+class MomentObserver : public Observer {
+ public:
+  MomentObserver(const ModelConfig& config, Backend& backend, ThreadPool& pool, const Wants& wants,
+                 const Choice& choice, Moments& moments)
+      : config_(config), backend_(backend), pool_(pool), wants_(wants), choice_(choice), moments_(moments) {}
+
+  void see(Site site, Mat entries, Mat stream) override {
+    if (site == Site::h2 && wants_.heads) return add_heads(entries);
+    if (!wants_.stream || (site != Site::h1 && !(site == Site::h3 && choice_.pool))) return;
+    if (!choice_.after_gain) {  // the foldable form rotates the normalised stream before its gain
+      buffer_.resize(static_cast<size_t>(stream.rows * stream.cols));
+      entries = Mat(buffer_.data(), stream.rows, stream.cols);
+      backend_.rms_norm(stream, nullptr, config_.norm_eps, entries);
+    }
+    add_second_moment(widened(entries, 0, entries.cols), site == Site::h1 ? moments_.h1 : moments_.h3, pool_);
+  }
+
+ private:
+  void add_heads(Mat entries) {
+    const int64_t group = config_.heads / config_.kv_heads;
+    for (int64_t head = 0; head < config_.heads; ++head) {
+      add_second_moment(widened(entries, head * config_.head_dim, config_.head_dim),
+                        moments_.heads[static_cast<size_t>(head / group)], pool_);
+    }
+  }
+  static Matrix widened(Mat m, int64_t first, int64_t count) {
+    Matrix x(m.rows, count);
+    for (int64_t t = 0; t < m.rows; ++t) std::copy_n(m.row(t) + first, count, x.row(t));
+    return x;
+  }
+
+  const ModelConfig& config_;
+  Backend& backend_;
+  ThreadPool& pool_;
+  const Wants& wants_;
+  const Choice& choice_;
+  Moments& moments_;
+  std::vector<float> buffer_;
+};
+
+}  // namespace
+
+Calibration::Calibration(const Checkpoint& checkpoint, const ModelConfig& config, Backend& backend,
+                         ThreadPool& pool, std::span<const int32_t> tokens, int64_t window)
+    : checkpoint_(checkpoint),
+      config_(config),
+      backend_(backend),
+      pool_(pool),
+      decoder_(config, backend, std::min(window, Decoder::kBatch)),
+      window_(window),
+      windows_(static_cast<int64_t>(tokens.size()) / window),
+      stream_(tokens.size() * static_cast<size_t>(config.dim)) {
+  const OuterWeights outer = load_outer(checkpoint, config);
+  const Mat x(stream_.data(), static_cast<int64_t>(tokens.size()), config.dim);
+  for (int64_t first = 0; first < x.rows; first += decoder_.max_rows()) {
+    const int64_t count = std::min(decoder_.max_rows(), x.rows - first);
+    decoder_.embed(outer, tokens.subspan(static_cast<size_t>(first), static_cast<size_t>(count)),
+                   x.slice(first, count));
+  }
+}
+
+Moments Calibration::layer(int64_t l, const Wants& wants, const Choice& choice,
+                           const std::function<void()>& tick) {
+  Moments moments;
+  if (wants.stream) moments.h1 = Matrix(config_.dim, config_.dim);
+  if (wants.stream && choice.pool) moments.h3 = Matrix(config_.dim, config_.dim);
+  if (wants.heads)
+    moments.heads.assign(static_cast<size_t>(config_.kv_heads), Matrix(config_.head_dim, config_.head_dim));
+  MomentObserver observer(config_, backend_, pool_, wants, choice, moments);
+  Layer layer;
+  layer.weights = load_layer(checkpoint_, config_, l);
+  layer.groups.resize(layer.plan.groups.size());
+  const Pass pass{true, wants.any() ? &observer : nullptr};
+  for (int64_t w = 0; w < windows_; ++w) {
+    const auto cache = backend_.make_kv_cache({1, config_.kv_heads, config_.head_dim, window_, DType::f32});
+    const Mat rows = Mat(stream_.data(), windows_ * window_, config_.dim).slice(w * window_, window_);
+    for (int64_t first = 0; first < window_; first += decoder_.max_rows()) {
+      const int64_t count = std::min(decoder_.max_rows(), window_ - first);
+      decoder_.layer(layer, l, *cache, 0, first, rows.slice(first, count), pass);
+    }
+    tick();
+  }
+  return moments;
+}
+
+}  // namespace larosa
