@@ -2,6 +2,7 @@
 // stored.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 

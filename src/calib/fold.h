@@ -1,0 +1,57 @@
+// Where rotations disappear into weights. Everything in float64, rounded once when stored.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "calib/methods.h"
+#include "model/weights.h"
+
+namespace larosa {
+
+class ThreadPool;
+
+/// What happens to one layer's weights. Row vectors: stored (in, out), Wt' = B_inᵀ diag(gain) Wt B_out.
+struct FoldJob {
+  const ModelConfig& config;
+  const LayerWeights& weights;  // the source's layer
+  const Bases& bases;           // this layer's
+  const Bases* next;            // the next layer's, for the adapter; null: none
+  const LayerPlan& plan;
+  Form form;
+  bool after_gain;  // simulate: thin after the gain, so the gain stays where it is
+};
+
+/// A finished tensor, in the words of docs/formats.md.
+struct FoldedTensor {
+  std::string name;  // "layers.3.wq"
+  DType dtype;
+  std::vector<int64_t> shape;
+  std::vector<std::byte> bytes;
+};
+
+/// All tensors of layer l:
+/// - folded: q, k, v, gate, up take Q_lᵀ diag(gain); o and down take Q_l on their outputs; v and o take the
+/// head
+///   bases; the adapter is Q_lᵀ Q_next (method of LaRoSA §4.2, arXiv 2507.01299, with every gain folded
+///   first).
+/// - simulate: the weights stay (the gain is merged in float32 unless after_gain) and the bases are stored.
+/// Score weights are the norms of the channels that Top-K chooses among, over all projections of the group.
+/// emit() takes them one by one, so that only one projection is in memory.
+void fold_layer(const FoldJob& job, int64_t l, ThreadPool& pool,
+                const std::function<void(FoldedTensor&&)>& emit);
+
+/// rows [first, first + count) of a (vocab, dim) table times diag(gain) times the basis, rounded to dtype.
+/// gain null: ones; basis empty: identity.
+std::vector<std::byte> fold_rows(const Weight& table, int64_t first, int64_t count, const float* gain,
+                                 const Matrix& basis, DType dtype, ThreadPool& pool);
+
+/// True when folding rewrites the stream's basis (so embedding, head and gains must follow).
+inline bool rewrites_stream(Form form, const Bases& bases) {
+  return form == Form::folded && !bases.stream.empty();
+}
+
+}  // namespace larosa

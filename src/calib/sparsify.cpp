@@ -1,0 +1,372 @@
+#include "calib/sparsify.h"
+
+#include <xxhash.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "base/error.h"
+#include "base/progress.h"
+#include "base/thread_pool.h"
+#include "calib/fold.h"
+#include "calib/statistics.h"
+
+namespace larosa {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kJobFile = "job.json";
+// What people keep beside the weights; everything else of the source is not ours to copy.
+constexpr const char* kCopied[] = {"tokenizer.json",    "tokenizer.model",        "vocab.json",
+                                   "merges.txt",        "tokenizer_config.json",  "special_tokens_map.json",
+                                   "added_tokens.json", "generation_config.json", "chat_template.jinja"};
+
+std::string hex(uint64_t value) {
+  char text[17];
+  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(value));
+  return text;
+}
+
+void write_file(const fs::path& path, const std::string& text) {
+  const fs::path temporary = path.string() + ".tmp";
+  std::ofstream file(temporary, std::ios::binary);
+  file << text;
+  file.close();
+  if (!file) fail(path.string(), ": cannot be written");
+  fs::rename(temporary, path);
+}
+
+/// A safetensors file written to a temporary name and renamed when complete.
+void write_tensors(const fs::path& path, const std::vector<FoldedTensor>& tensors,
+                   const std::map<std::string, std::string>& metadata) {
+  std::vector<SafetensorsWriter::Entry> entries;
+  for (const FoldedTensor& t : tensors) entries.push_back({t.name, t.dtype, t.shape});
+  const std::string temporary = path.string() + ".tmp";
+  SafetensorsWriter writer(temporary, entries, metadata);
+  for (const FoldedTensor& t : tensors)
+    writer.write(t.name, 0, t.bytes.data(), static_cast<int64_t>(t.bytes.size()));
+  writer.finish();
+  fs::rename(temporary, path);
+}
+
+FoldedTensor wide_tensor(const std::string& name, const Matrix& m) {
+  FoldedTensor tensor{name, DType::f64, {m.rows, m.cols}, {}};
+  const auto* bytes = reinterpret_cast<const std::byte*>(m.data.data());
+  tensor.bytes.assign(bytes, bytes + m.data.size() * sizeof(double));
+  return tensor;
+}
+
+class Job {
+ public:
+  Job(const SparsifyOptions& options, std::span<const int32_t> tokens, int64_t window, Backend& backend,
+      ThreadPool& pool)
+      : options_(options),
+        tokens_(tokens),
+        window_(window),
+        backend_(backend),
+        pool_(pool),
+        config_(load_config(options.source)),
+        checkpoint_(Checkpoint::open(options.source)),
+        method_(find_method(options.method)),
+        wants_(method_.wants(options.choice)),
+        output_(options.output),
+        partial_(options.output + ".partial") {}
+
+  void run() {
+    prepare();
+    const int64_t windows = wants_.any() ? static_cast<int64_t>(tokens_.size()) / window_ : 0;
+    // An eigenbasis and a folded layer each cost about as much as a few windows.
+    progress_.emplace("sparsify", config_.layers * (windows + kFoldUnits) + kFoldUnits, options_.progress);
+    if (wants_.any()) calibrate();
+    for (int64_t l = 0; l < config_.layers; ++l) write_layer(l);
+    write_outer();
+    complete();
+  }
+
+ private:
+  static constexpr int64_t kFoldUnits = 4;
+
+  void tick(int64_t units, const std::string& note) {
+    throw_if_interrupted();
+    progress_->update(done_ += units, note);
+  }
+
+  /// Checks everything that can be checked before the first byte is written; makes or re-opens the partial
+  /// directory.
+  void prepare() {
+    if (std::string parent = fs::path(output_).parent_path().string();
+        !parent.empty() && !fs::is_directory(parent)) {
+      fail(output_, ": the directory ", parent, " does not exist");
+    }
+    if (fs::exists(output_)) fail(output_, ": exists already; choose another -o or remove it");
+    if (is_larosa_dir(options_.source))
+      fail(options_.source, ": config.json: field larosa: is the output of sparsify, not a source");
+    if (options_.check_tensors) checkpoint_.check_finite();
+    if (wants_.any() && static_cast<int64_t>(tokens_.size()) < window_)
+      fail("calibration: ", tokens_.size(), " tokens, at least ", window_, " are needed");
+    for (int32_t id : tokens_) {
+      if (id < 0 || id >= config_.vocab)
+        fail("calibration: token id ", id, " is outside the model's vocabulary of ", config_.vocab);
+    }
+    load_outer(checkpoint_, config_);
+    for (int64_t l = 0; l < config_.layers; ++l) load_layer(checkpoint_, config_, l);
+    make_plan();
+    const std::string job = job_text();
+    const fs::path file = fs::path(partial_) / kJobFile;
+    if (fs::exists(partial_)) {
+      std::ifstream in(file);
+      const std::string old{std::istreambuf_iterator<char>(in), {}};
+      if (old != job)
+        fail(partial_, ": was begun with other options, text or model; remove it to start again");
+      std::fprintf(stderr, "sparsify: resuming from %s\n", partial_.c_str());
+      return;
+    }
+    fs::create_directory(partial_);
+    write_file(file, job);
+  }
+
+  void make_plan() {
+    const Choice& choice = options_.choice;
+    const auto keep = site_keeps(config_, choice.sparsity, choice.site_scale);
+    plan_.method = method_.name;
+    plan_.form = choice.form == Form::folded ? "folded" : "simulate";
+    plan_.fingerprint = checkpoint_.fingerprint();
+    plan_.sparsity = choice.sparsity;
+    LayerPlan layer = method_.plan(choice, keep);
+    for (int64_t l = 0; l < config_.layers; ++l) {
+      layer.adapter = wants_.stream && choice.form == Form::folded && l + 1 < config_.layers;
+      plan_.layers.push_back(layer);
+    }
+    std::string scales;
+    for (double s : choice.site_scale) scales += (scales.empty() ? "" : ",") + nlohmann::json(s).dump();
+    plan_.notes = {{"score", choice.score == Score::norm ? "norm" : "magnitude"}, {"site_scale", scales}};
+    if (wants_.stream) {
+      plan_.notes["pool"] = choice.pool ? "on" : "off";
+      plan_.notes["rotate_h2"] = choice.rotate_h2 ? "on" : "off";
+      plan_.notes["gain"] = choice.after_gain ? "before selection" : "after selection";
+      plan_.notes["calibration"] = options_.calibration_name;
+      plan_.notes["calibration_tokens"] = std::to_string(tokens_.size());
+      plan_.notes["calibration_window"] = std::to_string(window_);
+    }
+    validate(plan_, plan_shape(config_), options_.source);
+  }
+
+  std::string job_text() const {
+    const uint64_t text = XXH3_64bits(tokens_.data(), tokens_.size_bytes());
+    return nlohmann::json(
+               {{"plan", plan_to_json(plan_)}, {"text", hex(text)}, {"products", backend_.products_name()}})
+        .dump();
+  }
+
+  fs::path basis_file(int64_t l) const {
+    return fs::path(partial_) / ("basis-" + std::to_string(l) + ".safetensors");
+  }
+  std::string shard_name(int64_t index) const {
+    char name[64];
+    std::snprintf(name, sizeof(name), "model-%05d-of-%05d.safetensors", static_cast<int>(index + 1),
+                  static_cast<int>(config_.layers + 1));
+    return name;
+  }
+
+  void calibrate() {
+    int64_t finished = 0;
+    while (finished < config_.layers && fs::exists(basis_file(finished))) ++finished;
+    const int64_t windows = static_cast<int64_t>(tokens_.size()) / window_;
+    if (finished == config_.layers) return tick(config_.layers * windows, "calibration found");
+    Calibration calibration(checkpoint_, config_, backend_, pool_, tokens_, window_);
+    for (int64_t l = 0; l < config_.layers; ++l) {
+      // Layers whose basis is stored only carry the text on to the next one.
+      const Wants wants = l < finished ? Wants{} : wants_;
+      const std::string note =
+          "calibrating layer " + std::to_string(l + 1) + "/" + std::to_string(config_.layers);
+      const Moments moments = calibration.layer(l, wants, options_.choice, [&] { tick(1, note); });
+      release_layer(l);
+      if (l >= finished) write_bases(l, method_.bases(moments, options_.choice));
+    }
+  }
+
+  void write_bases(int64_t l, const Bases& bases) {
+    std::vector<FoldedTensor> tensors;
+    if (!bases.stream.empty()) tensors.push_back(wide_tensor("stream", bases.stream));
+    for (size_t g = 0; g < bases.heads.size(); ++g)
+      tensors.push_back(wide_tensor("head." + std::to_string(g), bases.heads[g]));
+    write_tensors(basis_file(l), tensors, {});
+  }
+
+  Bases read_bases(int64_t l) const {
+    Bases bases;
+    if (!wants_.any()) return bases;
+    const Checkpoint file = Checkpoint::open_file(basis_file(l).string());
+    const auto read = [&](const std::string& name, int64_t n) {
+      const int64_t shape[2] = {n, n};
+      const Tensor tensor = file.get(name, shape);
+      if (tensor.dtype != DType::f64) fail(basis_file(l).string(), ": tensor ", name, ": expected F64");
+      Matrix m(n, n);
+      std::copy_n(tensor.data, tensor.bytes, reinterpret_cast<std::byte*>(m.data.data()));
+      return m;
+    };
+    if (wants_.stream) bases.stream = read("stream", config_.dim);
+    for (int64_t g = 0; wants_.heads && g < config_.kv_heads; ++g)
+      bases.heads.push_back(read("head." + std::to_string(g), config_.head_dim));
+    return bases;
+  }
+
+  std::map<std::string, std::string> shard_metadata() const {
+    return {{"format", "larosa"}, {"larosa.fingerprint", plan_.fingerprint}};
+  }
+
+  void write_layer(int64_t l) {
+    const fs::path path = fs::path(partial_) / shard_name(l + 1);
+    const std::string note = "folding layer " + std::to_string(l + 1) + "/" + std::to_string(config_.layers);
+    if (fs::exists(path)) return tick(kFoldUnits, note);
+    const LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
+    const LayerWeights weights = load_layer(checkpoint_, config_, l);
+    const Bases bases = read_bases(l);
+    Bases next;
+    if (plan.adapter) next = read_bases(l + 1);
+    const FoldJob job{config_,
+                      weights,
+                      bases,
+                      plan.adapter ? &next : nullptr,
+                      plan,
+                      options_.choice.form,
+                      options_.choice.after_gain};
+    std::vector<FoldedTensor> tensors;
+    fold_layer(job, l, pool_, [&](FoldedTensor&& tensor) {
+      throw_if_interrupted();
+      tensors.push_back(std::move(tensor));
+    });
+    release_layer(l);
+    write_tensors(path, tensors, shard_metadata());
+    tick(kFoldUnits, note);
+  }
+
+  /// Gives a layer's pages back, so that the resident size stays that of one layer.
+  void release_layer(int64_t l) {
+    const LayerWeights weights = load_layer(checkpoint_, config_, l);
+    for (const Weight& w : weights.projection) release(w);
+  }
+  void release(const Weight& w) {
+    Tensor tensor;
+    tensor.data = static_cast<const std::byte*>(w.data);
+    tensor.bytes = w.bytes();
+    checkpoint_.release(tensor);
+  }
+
+  void write_outer() {
+    const fs::path path = fs::path(partial_) / shard_name(0);
+    if (fs::exists(path)) return tick(kFoldUnits, "embedding");
+    const OuterWeights outer = load_outer(checkpoint_, config_);
+    Bases first, last;
+    if (options_.choice.form == Form::folded) {
+      first = read_bases(0);
+      last = read_bases(config_.layers - 1);
+    }
+    const bool rewrites = rewrites_stream(options_.choice.form, first);
+    const bool untied = rewrites || outer.head.data != outer.embed.data;
+    const DType dtype = outer.embed.dtype;
+    std::vector<SafetensorsWriter::Entry> entries = {{"embed", dtype, {config_.vocab, config_.dim}}};
+    if (untied) entries.push_back({"head", outer.head.dtype, {config_.vocab, config_.dim}});
+    const bool keeps_gain = !rewrites && outer.norm_out;
+    if (keeps_gain) entries.push_back({"norm_out", DType::f32, {config_.dim}});
+    auto metadata = shard_metadata();
+    metadata["larosa.plan"] = plan_to_json(plan_);
+    const std::string temporary = path.string() + ".tmp";
+    SafetensorsWriter writer(temporary, entries, metadata);
+    write_table(writer, "embed", outer.embed, nullptr, first.stream);
+    if (untied) write_table(writer, "head", outer.head, rewrites ? outer.norm_out : nullptr, last.stream);
+    if (keeps_gain) writer.write("norm_out", 0, outer.norm_out, config_.dim * 4);
+    writer.finish();
+    fs::rename(temporary, path);
+    tick(kFoldUnits, "embedding");
+  }
+
+  void write_table(SafetensorsWriter& writer, const std::string& name, const Weight& table, const float* gain,
+                   const Matrix& basis) {
+    constexpr int64_t kRows = 4096;
+    const int64_t row_bytes = table.in * dtype_size(table.dtype);
+    for (int64_t first = 0; first < table.out; first += kRows) {
+      throw_if_interrupted();
+      const int64_t count = std::min(kRows, table.out - first);
+      const auto bytes = fold_rows(table, first, count, gain, basis, table.dtype, pool_);
+      writer.write(name, first * row_bytes, bytes.data(), static_cast<int64_t>(bytes.size()));
+    }
+    release(table);
+  }
+
+  /// Writes what surrounds the tensors, drops the working files, and gives the directory its name.
+  void complete() {
+    nlohmann::json map = nlohmann::json::object();
+    int64_t total = 0;
+    for (int64_t i = 0; i <= config_.layers; ++i) {
+      const Checkpoint shard = Checkpoint::open_file((fs::path(partial_) / shard_name(i)).string());
+      for (const std::string& name : shard.names()) map[name] = shard_name(i);
+      total += shard.bytes();
+    }
+    write_file(fs::path(partial_) / "model.safetensors.index.json",
+               nlohmann::json({{"metadata", {{"total_size", total}}}, {"weight_map", map}}).dump(1));
+    std::ifstream in(fs::path(options_.source) / "config.json");
+    nlohmann::json config = nlohmann::json::parse(in);
+    config["architectures"] = {"LarosaForCausalLM"};
+    config["larosa"] = {{"version", 1},
+                        {"method", plan_.method},
+                        {"form", plan_.form},
+                        {"sparsity", plan_.sparsity},
+                        {"source", plan_.fingerprint}};
+    write_file(fs::path(partial_) / "config.json", config.dump(2) + "\n");
+    for (const char* name : kCopied) {
+      const fs::path from = fs::path(options_.source) / name;
+      if (fs::exists(from))
+        fs::copy_file(from, fs::path(partial_) / name, fs::copy_options::overwrite_existing);
+    }
+    for (int64_t l = 0; l < config_.layers; ++l) fs::remove(basis_file(l));
+    fs::remove(fs::path(partial_) / kJobFile);
+    if (fs::exists(output_)) fail(output_, ": appeared meanwhile; the result stands in ", partial_);
+    fs::rename(partial_, output_);
+  }
+
+  const SparsifyOptions& options_;
+  std::span<const int32_t> tokens_;
+  int64_t window_;
+  Backend& backend_;
+  ThreadPool& pool_;
+  ModelConfig config_;
+  Checkpoint checkpoint_;
+  const Method& method_;
+  Wants wants_;
+  std::string output_, partial_;
+  Plan plan_;
+  std::optional<Progress> progress_;
+  int64_t done_ = 0;
+};
+
+}  // namespace
+
+void sparsify(const SparsifyOptions& options, std::span<const int32_t> tokens, int64_t window,
+              Backend& backend, ThreadPool& pool) {
+  try {
+    Job(options, tokens, window, backend, pool).run();
+  } catch (const fs::filesystem_error& e) {
+    fail(e.path1().string(), ": ", e.code().message());
+  }
+}
+
+std::vector<int32_t> calibration_windows(std::span<const int32_t> text, int64_t window, int64_t count,
+                                         const std::string& source) {
+  const int64_t size = static_cast<int64_t>(text.size());
+  if (size < window) fail(source, ": ", size, " tokens, calibration needs at least one window of ", window);
+  count = std::clamp<int64_t>(count, 1, size / window);
+  std::vector<int32_t> tokens;
+  for (int64_t w = 0; w < count; ++w) {
+    const int64_t first = count > 1 ? (size - window) * w / (count - 1) : 0;
+    tokens.insert(tokens.end(), text.begin() + first, text.begin() + first + window);
+  }
+  return tokens;
+}
+
+}  // namespace larosa

@@ -1,0 +1,135 @@
+// larosa sparsify: calibrate, choose, fold, write.
+#include "calib/sparsify.h"
+
+#include <filesystem>
+#include <memory>
+
+#include "base/error.h"
+#include "base/progress.h"
+#include "command.h"
+#include "model/config.h"
+#include "text/tokenizer.h"
+
+namespace larosa {
+namespace {
+
+struct Flags {
+  std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", rotate_h2 = "on",
+                             score = "norm", select = "normalised", site_scale = "1,1,1,1";
+  double sparsity = 0.5;
+  int64_t calib_tokens = 0;
+  bool check_tensors = false;
+  MachineOptions machine;
+};
+
+std::array<double, 4> parse_scales(const std::string& text) {
+  std::array<double, 4> scales{};
+  char end = 0;
+  if (std::sscanf(text.c_str(), "%lf,%lf,%lf,%lf%c", &scales[0], &scales[1], &scales[2], &scales[3], &end) !=
+      4) {
+    fail("--site-scale ", text, ": expected four numbers a,b,c,d for h1 h2 h3 h4");
+  }
+  return scales;
+}
+
+/// A preset fills in what was not given by a flag of its own.
+void apply_preset(Flags& f, const CLI::App& app) {
+  if (f.preset.empty()) return;
+  const auto preset = [&](const char* option, std::string& value, const char* chosen) {
+    if (app.get_option(option)->count() == 0) value = chosen;
+  };
+  preset("--form", f.form, "simulate");
+  preset("--pool", f.pool, "off");
+  preset("--rotate-h2", f.rotate_h2, "off");
+  preset("--score", f.score, "magnitude");
+  preset("--site-scale", f.site_scale, "0.8,1.2,0.8,1.2");
+  preset("--select", f.select, f.form == "simulate" ? "gained" : "normalised");
+}
+
+std::vector<int32_t> calibration_tokens(const Flags& f, int64_t& window) {
+  const ModelConfig config = load_config(f.model);
+  window = std::min<int64_t>(config.context, 2048);
+  const int64_t wanted = f.calib_tokens > 0 ? f.calib_tokens : 16 * window;
+  window = std::min(window, wanted);
+  if (f.calib.empty()) fail("--calib: method ", f.method, " needs a calibration text");
+  const std::string text = read_text(f.calib);
+  if (text.empty()) fail(f.calib, ": is empty");
+  const std::vector<TokenId> ids = Tokenizer::load(f.model).encode(text, false);
+  return calibration_windows(ids, window, (wanted + window - 1) / window, f.calib);
+}
+
+int run(Flags& f, const CLI::App& app) {
+  apply_preset(f, app);
+  SparsifyOptions options;
+  options.source = f.model;
+  options.output = std::filesystem::path(f.output + "/").parent_path().string();
+  options.method = f.method;
+  Choice& choice = options.choice;
+  choice.sparsity = f.sparsity;
+  choice.site_scale = parse_scales(f.site_scale);
+  choice.form = f.form == "folded" ? Form::folded : Form::simulate;
+  choice.score = f.score == "norm" ? Score::norm : Score::magnitude;
+  choice.pool = f.pool == "on";
+  choice.rotate_h2 = f.rotate_h2 == "on";
+  choice.after_gain = f.select == "gained";
+  if (choice.after_gain && choice.form == Form::folded)
+    fail("--select gained: only --form simulate can thin after the RMSNorm gain");
+  options.check_tensors = f.check_tensors;
+  options.progress = !f.machine.no_progress;
+  site_keeps(load_config(f.model), choice.sparsity, choice.site_scale);
+  int64_t window = 1;
+  std::vector<int32_t> tokens;
+  if (find_method(f.method).wants(choice).any()) tokens = calibration_tokens(f, window);
+  options.calibration_name = std::filesystem::path(f.calib).filename().string();
+  Machine machine = make_machine(f.machine);
+  catch_interrupts();
+  sparsify(options, tokens, window, *machine.backend, *machine.pool);
+  std::fprintf(stderr, "sparsify: wrote %s\n", options.output.c_str());
+  return 0;
+}
+
+}  // namespace
+
+std::function<int()> setup_sparsify(CLI::App& app) {
+  auto f = std::make_shared<Flags>();
+  const auto on_off = CLI::IsMember({"on", "off"});
+  app.add_option("model,-m,--model", f->model, "Hugging Face directory")->required();
+  app.add_option("-o,--output", f->output, "Directory to write")->required();
+  app.add_option("--method", f->method, "larosa, topk or dense")->capture_default_str();
+  app.add_option("--preset", f->preset,
+                 "paper: the published combination (simulate, thinned after the gain, basis from h1, .8/1.2)")
+      ->check(CLI::IsMember({"paper"}));
+  app.add_option("--sparsity", f->sparsity,
+                 "Share of the projections' weight bytes that a token does not read, 0 to 0.95")
+      ->capture_default_str();
+  app.add_option("--site-scale", f->site_scale, "Relative sparsity of h1,h2,h3,h4")->capture_default_str();
+  app.add_option("--calib", f->calib, "Calibration text (- for standard input)");
+  app.add_option("--calib-tokens", f->calib_tokens,
+                 "Tokens of it to use (default: 16 windows of the context, at most 2048 each)")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
+  app.add_option(
+         "--form", f->form,
+         "folded: rotations merged into the weights; simulate: applied at run time to the original weights")
+      ->check(CLI::IsMember({"folded", "simulate"}))
+      ->capture_default_str();
+  app.add_option("--pool", f->pool, "Basis from h1 and h3 together, else from h1 alone")
+      ->check(on_off)
+      ->capture_default_str();
+  app.add_option("--rotate-h2", f->rotate_h2, "Attention output in a basis per KV head")
+      ->check(on_off)
+      ->capture_default_str();
+  app.add_option("--score", f->score,
+                 "Top-K compares |x| (magnitude) or |x| times the norm of the weights it meets (norm)")
+      ->check(CLI::IsMember({"magnitude", "norm"}))
+      ->capture_default_str();
+  app.add_option(
+         "--select", f->select,
+         "simulate only: thin the normalised input before the RMSNorm gain, or the gained one after it")
+      ->check(CLI::IsMember({"normalised", "gained"}))
+      ->default_str("normalised");
+  app.add_flag("--check-tensors", f->check_tensors, "Refuse tensors with NaN or infinity");
+  f->machine.declare(app);
+  return [f, &app] { return run(*f, app); };
+}
+
+}  // namespace larosa
