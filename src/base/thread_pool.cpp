@@ -66,7 +66,7 @@ void ThreadPool::work(int thread) {
   }
 }
 
-void ThreadPool::run(const std::function<void(int)>& task) {
+void ThreadPool::run(FunctionRef<void(int)> task) {
   if (workers_.empty()) return task(0);
   task_ = &task;
   pending_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
@@ -88,7 +88,7 @@ void ThreadPool::run(const std::function<void(int)>& task) {
   if (error) std::rethrow_exception(error);
 }
 
-void ThreadPool::split(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
+void ThreadPool::split(int64_t count, int64_t grain, FunctionRef<void(int64_t, int64_t)> body) {
   const int64_t units = (count + grain - 1) / grain;
   run([&](int thread) {
     const int64_t begin = units * thread / size() * grain;
@@ -97,7 +97,7 @@ void ThreadPool::split(int64_t count, int64_t grain, const std::function<void(in
   });
 }
 
-void ThreadPool::each(int64_t count, const std::function<void(int64_t)>& body) {
+void ThreadPool::each(int64_t count, FunctionRef<void(int64_t)> body) {
   std::atomic<int64_t> next{0};
   run([&](int) {
     for (int64_t i = next.fetch_add(1); i < count; i = next.fetch_add(1)) body(i);

@@ -1,10 +1,287 @@
-// The CPU backend's entry.
+// The fast CPU backend: how each operation is split over the threads. The arithmetic is in the stems beside
+// it.
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <sstream>
+#include <vector>
+
 #include "backend/backend.h"
+#include "backend/cpu/attention.h"
+#include "backend/cpu/isa.h"
+#include "backend/cpu/kernels.h"
+#include "backend/cpu/matmul.h"
+#include "base/error.h"
+#include "base/thread_pool.h"
 
 namespace larosa {
+namespace {
 
-std::unique_ptr<Backend> make_cpu_backend(const CpuOptions&, ThreadPool&) {
-  return make_ref_backend();
+// Up to here the rows go through the decoding kernels one by one, beyond it oneDNN wins.
+constexpr int64_t kFewRows = 2;
+constexpr int64_t kSlack = 64;  // kernels may write one vector past the last kept entry
+
+/// One row: the list of what was kept. Several: the rows themselves with zeros, as oneDNN wants them.
+class CpuSelection final : public Selection {
+ public:
+  CpuSelection(int64_t most_rows, int64_t most_cols) : max_rows(most_rows), max_cols(most_cols) {
+    const size_t size = static_cast<size_t>(most_cols + kSlack);
+    index.resize(size);
+    value.resize(size);
+  }
+  void reset(int64_t r, int64_t c) {
+    CHECK(r <= max_rows && c <= max_cols);
+    rows = r;
+    cols = c;
+    if (r > 1 && masked.size() < static_cast<size_t>(r * c)) masked.resize(static_cast<size_t>(r * c));
+  }
+  Mat mat() const { return Mat(const_cast<float*>(masked.data()), rows, cols); }
+
+  const int64_t max_rows, max_cols;
+  int64_t rows = 0, cols = 0, kept = 0;
+  std::vector<int32_t> index;  // (kept) ascending; one row
+  std::vector<float> value;    // (kept)
+  std::vector<float> masked;   // (rows, cols); several rows
+};
+
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(const CpuOptions& options, ThreadPool& pool)
+      : products_(options.products),
+        pool_(pool),
+        kernels_(choose_kernels()),
+        matmul_(options.products, kernels_, pool),
+        attention_(kernels_, pool),
+        keys_(static_cast<size_t>(pool.size())) {}
+
+  std::string describe() const override {
+    std::ostringstream text;
+    text << "cpu, " << pool_.size() << (pool_.size() == 1 ? " thread, " : " threads, ") << kernels_.target
+         << ", products " << products_name() << " (oneDNN " << onednn_isa() << ")";
+    return text.str();
+  }
+  std::string products_name() const override { return products_ == Products::bf16 ? "bf16" : "float32"; }
+
+  std::unique_ptr<Selection> make_selection(int64_t rows, int64_t cols) override {
+    return std::make_unique<CpuSelection>(rows, cols);
+  }
+  std::unique_ptr<KvCache> make_kv_cache(const KvShape& shape) override {
+    return std::make_unique<CpuKvCache>(shape);
+  }
+
+  void embed(const Weight& table, std::span<const int32_t> tokens, Mat x) override {
+    CHECK(table.layout == Layout::rows && x.cols == table.in &&
+          x.rows == static_cast<int64_t>(tokens.size()));
+    each_row(x.rows, [&](int, int64_t t) {
+      const int64_t token = tokens[static_cast<size_t>(t)];
+      CHECK(token >= 0 && token < table.out);
+      const char* row = static_cast<const char*>(table.data) + token * table.in * dtype_size(table.dtype);
+      kernels_.widen(row, table.dtype, x.cols, x.row(t));
+    });
+  }
+
+  void rms_norm(Mat x, const float* gain, float eps, Mat y) override {
+    CHECK(x.rows == y.rows && x.cols == y.cols);
+    each_row(x.rows, [&](int, int64_t t) { kernels_.rms_norm(x.row(t), gain, eps, x.cols, y.row(t)); });
+  }
+
+  void matmul(Mat x, std::span<const Product> products) override {
+    if (x.rows > kFewRows) return matmul_.run(x, products);
+    for (int64_t t = 0; t < x.rows; ++t) one_row(x.row(t), x.cols, nullptr, products, t);
+  }
+
+  void rotate(Mat x, const Weight& basis, Mat y) override {
+    const Product product{basis, y, false};
+    matmul(x, std::span(&product, 1));
+  }
+
+  void topk(Mat x, const float* scale, int64_t keep, Selection& kept) override {
+    CHECK(keep >= 0 && keep <= x.cols);
+    select(x, scale, kept, [&](const int32_t* keys, int32_t* work) {
+      return keep > 0 ? kernels_.find_cut(keys, x.cols, keep, work) : Cut{0x7fffffff, 0};
+    });
+  }
+
+  void threshold(Mat x, const float* scale, float cut, Selection& kept) override {
+    // Keys are the bits of non-negative floats: so is the cut. Below zero, and for NaN, everything is kept.
+    const Cut key{cut > 0 ? std::bit_cast<int32_t>(cut) : cut == 0 ? 0 : -1, 0};
+    select(x, scale, kept, [&](const int32_t*, int32_t*) { return key; });
+  }
+
+  void sparse_matmul(const Selection& kept, std::span<const Product> products) override {
+    const CpuSelection& s = static_cast<const CpuSelection&>(kept);
+    if (s.rows == 1) return one_row(nullptr, s.cols, &s, products, 0);
+    matmul(s.mat(), products);
+  }
+
+  void expand(const Selection& kept, Mat y) override {
+    const CpuSelection& s = static_cast<const CpuSelection&>(kept);
+    CHECK(s.rows == y.rows && s.cols == y.cols);
+    if (s.rows == 1) return scatter(s, y.data);
+    each_row(y.rows, [&](int, int64_t t) { std::copy_n(s.mat().row(t), y.cols, y.row(t)); });
+  }
+
+  int64_t count(const Selection& kept) const override { return static_cast<const CpuSelection&>(kept).kept; }
+
+  void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) override {
+    CHECK(q.rows == k.rows && q.cols % head_dim == 0 && k.cols % head_dim == 0 && head_dim % 2 == 0);
+    const int64_t half = head_dim / 2;
+    prepare_angles(pos, q.rows, half, inv_freq);
+    each_row(q.rows, [&](int, int64_t t) {
+      const float* cosine = &cosine_[static_cast<size_t>(t * half)];
+      const float* sine = &sine_[static_cast<size_t>(t * half)];
+      for (const Mat& m : {q, k}) {
+        for (int64_t e = 0; e < m.cols; e += head_dim) kernels_.rope(cosine, sine, half, m.row(t) + e);
+      }
+    });
+  }
+
+  void attend(Mat q, Mat k, Mat v, KvCache& cache, int64_t layer, int64_t pos, int64_t window,
+              Mat out) override {
+    attention_.run(q, k, v, static_cast<CpuKvCache&>(cache), layer, pos, window, out);
+  }
+
+  void glu(Mat gate, Mat up, Mat mid) override {
+    CHECK(gate.rows == up.rows && gate.cols == up.cols && gate.rows == mid.rows && gate.cols == mid.cols);
+    if (gate.rows > 1) {
+      return each_row(gate.rows,
+                      [&](int, int64_t t) { kernels_.glu(gate.row(t), up.row(t), gate.cols, mid.row(t)); });
+    }
+    pool_.split(gate.cols, 1024, [&](int64_t begin, int64_t end) {
+      kernels_.glu(gate.data + begin, up.data + begin, end - begin, mid.data + begin);
+    });
+  }
+
+  void log_softmax(Mat x) override {
+    each_row(x.rows, [&](int, int64_t t) { kernels_.log_softmax(x.cols, x.row(t)); });
+  }
+
+ private:
+  /// body(thread, t) for every row; a single row stays on the caller.
+  template <class Body>
+  void each_row(int64_t rows, const Body& body) {
+    if (rows == 1) return body(0, 0);
+    pool_.run([&](int thread) {
+      const int64_t end = rows * (thread + 1) / pool_.size();
+      for (int64_t t = rows * thread / pool_.size(); t < end; ++t) body(thread, t);
+    });
+  }
+
+  template <class FindCut>
+  void select(Mat x, const float* scale, Selection& kept, const FindCut& find_cut) {
+    CpuSelection& s = static_cast<CpuSelection&>(kept);
+    s.reset(x.rows, x.cols);
+    std::vector<int64_t> counts(x.rows > 1 ? keys_.size() : 0);
+    const size_t room = static_cast<size_t>(x.cols + kSlack);
+    each_row(x.rows, [&](int thread, int64_t t) {
+      std::vector<int32_t>& keys = keys_[static_cast<size_t>(thread)];
+      if (keys.size() < 2 * room) keys.resize(2 * room);
+      kernels_.make_keys(x.row(t), scale, x.cols, keys.data());
+      const Cut cut = find_cut(keys.data(), keys.data() + room);
+      if (x.rows == 1) {
+        s.kept = kernels_.take_list(x.row(t), keys.data(), x.cols, cut, s.index.data(), s.value.data());
+      } else {
+        counts[static_cast<size_t>(thread)] +=
+            kernels_.take_masked(x.row(t), keys.data(), x.cols, cut, s.mat().row(t));
+      }
+    });
+    if (x.rows == 1) return;
+    s.kept = 0;
+    for (int64_t n : counts) s.kept += n;
+  }
+
+  static void scatter(const CpuSelection& s, float* y) {
+    std::fill_n(y, s.cols, 0.0f);
+    for (int64_t c = 0; c < s.kept; ++c) y[s.index[static_cast<size_t>(c)]] = s.value[static_cast<size_t>(c)];
+  }
+
+  /// The decoding product: row t of every y, from a dense row or from what a one-row selection kept. The
+  /// outputs of all products together are cut into even shares of bytes, one per thread: one barrier for all
+  /// of them.
+  void one_row(const float* x, int64_t cols, const CpuSelection* kept, std::span<const Product> products,
+               int64_t t) {
+    int64_t total = 0;
+    bool packed[2] = {false, false};
+    for (const Product& p : products) {
+      CHECK(p.weight.in == cols && p.y.cols == p.weight.out);
+      total += p.weight.out * dtype_size(p.weight.dtype);
+      bool& done = packed[p.weight.dtype == DType::bf16];
+      if (p.weight.layout == Layout::rows && !done) {
+        if (!x) {
+          dense_.resize(std::max(dense_.size(), static_cast<size_t>(cols)));
+          scatter(*kept, dense_.data());
+          x = dense_.data();
+        }
+        std::vector<float>& row = packed_[p.weight.dtype == DType::bf16];
+        row.resize(std::max(row.size(), static_cast<size_t>(kernels_.packed_size(cols))));
+        kernels_.pack_input(x, p.weight.dtype, cols, row.data());
+        done = true;
+      }
+    }
+    const int32_t* index = kept ? kept->index.data() : nullptr;
+    const float* value = kept ? kept->value.data() : x;
+    const int64_t count = kept ? kept->kept : cols;
+    pool_.run([&](int thread) {
+      const int64_t low = total * thread / pool_.size(), high = total * (thread + 1) / pool_.size();
+      int64_t base = 0;
+      for (const Product& p : products) {
+        const Weight& w = p.weight;
+        const int64_t size = dtype_size(w.dtype);
+        // Whole cache lines, so that no line of y or of a channel is shared.
+        const auto output = [&](int64_t byte) {
+          return std::clamp<int64_t>(((byte - base) / size + 63) / 64 * 64, 0, w.out);
+        };
+        const int64_t begin = output(low), end = thread + 1 == pool_.size() ? w.out : output(high);
+        base += w.out * size;
+        if (begin >= end) continue;
+        if (w.layout == Layout::channels) {
+          kernels_.gemv_channels(w, index, value, count, begin, end, p.accumulate, p.y.row(t));
+        } else {
+          kernels_.gemv_rows(w, packed_[w.dtype == DType::bf16].data(), begin, end, p.accumulate, p.y.row(t));
+        }
+      }
+    });
+  }
+
+  /// Layers ask for the same positions one after another: the angles are kept.
+  void prepare_angles(int64_t pos, int64_t rows, int64_t half, const float* inv_freq) {
+    const size_t bytes = static_cast<size_t>(half) * sizeof(float);
+    const bool same = static_cast<int64_t>(inv_freq_.size()) == half && angle_pos_ == pos &&
+                      angle_rows_ >= rows && std::memcmp(inv_freq_.data(), inv_freq, bytes) == 0;
+    if (same) return;
+    inv_freq_.assign(inv_freq, inv_freq + half);
+    angle_pos_ = pos;
+    angle_rows_ = rows;
+    cosine_.resize(std::max(cosine_.size(), static_cast<size_t>(rows * half)));
+    sine_.resize(cosine_.size());
+    each_row(rows, [&](int, int64_t t) {
+      for (int64_t i = 0; i < half; ++i) {
+        // The float32 product, as the models were trained with; cosine and sine of that, rounded once.
+        const double angle = static_cast<float>(pos + t) * inv_freq[i];
+        cosine_[static_cast<size_t>(t * half + i)] = static_cast<float>(std::cos(angle));
+        sine_[static_cast<size_t>(t * half + i)] = static_cast<float>(std::sin(angle));
+      }
+    });
+  }
+
+  const Products products_;
+  ThreadPool& pool_;
+  const Kernels kernels_;
+  Matmul matmul_;
+  Attention attention_;
+  std::vector<std::vector<int32_t>> keys_;  // per thread: keys and work of a selection
+  std::vector<float> dense_;                // one row of a selection, for weights in rows layout
+  std::vector<float> packed_[2];            // one row as gemv_rows wants it; [1] for bf16
+  std::vector<float> cosine_, sine_;        // (angle_rows_, half)
+  std::vector<float> inv_freq_;
+  int64_t angle_pos_ = -1, angle_rows_ = 0;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options, ThreadPool& pool) {
+  return std::make_unique<CpuBackend>(options, pool);
 }
 
 }  // namespace larosa

@@ -1,0 +1,107 @@
+// Storage ↔ float32: embedding rows, weight panels, the KV cache.
+#include "backend/cpu/targets.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "backend/cpu/embed.cpp"
+#include "hwy/foreach_target.h"
+// Highway's loop over the targets must come first.
+#include "backend/cpu/kernels.h"
+#include "backend/cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace larosa {
+namespace HWY_NAMESPACE {
+namespace {
+
+HWY_INLINE Floats widen_vector(const float* p) {
+  return hn::LoadU(FloatTag(), p);
+}
+HWY_INLINE Floats widen_vector(const hwy::float16_t* p) {
+  const hn::Rebind<hwy::float16_t, FloatTag> d16;
+  return hn::PromoteTo(FloatTag(), hn::LoadU(d16, p));
+}
+HWY_INLINE Floats widen_vector(const hwy::bfloat16_t* p) {
+  const hn::Rebind<uint16_t, FloatTag> d16;
+  const hn::ScalableTag<uint32_t> d32;
+  const auto half = hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p));
+  return hn::BitCast(FloatTag(), hn::ShiftLeft<16>(hn::PromoteTo(d32, half)));
+}
+
+template <class Stored>
+void widen_as(const Stored* from, DType dtype, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + lanes() <= n; i += lanes()) hn::StoreU(widen_vector(from + i), FloatTag(), to + i);
+  for (; i < n; ++i) to[i] = load_element(from, dtype, i);
+}
+
+void widen(const void* from, DType dtype, int64_t n, float* to) {
+  if (dtype == DType::f32) return widen_as(static_cast<const float*>(from), dtype, n, to);
+  if (dtype == DType::f16) return widen_as(static_cast<const hwy::float16_t*>(from), dtype, n, to);
+  widen_as(static_cast<const hwy::bfloat16_t*>(from), dtype, n, to);
+}
+
+void narrow_bf16(const float* from, int64_t n, uint16_t* to) {
+  const hn::ScalableTag<uint32_t> d32;
+  const hn::RebindToFloat<decltype(d32)> df;
+  const hn::Rebind<uint16_t, decltype(d32)> d16;
+  const IntTag di;
+  int64_t i = 0;
+  for (; i + lanes() <= n; i += lanes()) {
+    const auto bits = hn::BitCast(d32, hn::LoadU(df, from + i));
+    const auto high = hn::ShiftRight<16>(bits);
+    const auto odd = hn::And(high, hn::Set(d32, 1));
+    const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(d32, 0x7fff))));
+    const auto magnitude = hn::BitCast(di, hn::And(bits, hn::Set(d32, 0x7fffffff)));
+    const auto nan = hn::RebindMask(d32, hn::Gt(magnitude, hn::Set(di, 0x7f800000)));
+    const auto quiet = hn::Or(high, hn::Set(d32, 0x40));
+    // The halves go through int32: it is the narrowing that every target has. Values below 2^16 fit it after
+    // the sign is spread, because the narrowing saturates signed numbers.
+    const auto half = hn::BitCast(di, hn::ShiftLeft<16>(hn::IfThenElse(nan, quiet, rounded)));
+    const hn::Rebind<int16_t, IntTag> d16s;
+    hn::StoreU(hn::BitCast(d16, hn::DemoteTo(d16s, hn::ShiftRight<16>(half))), d16, to + i);
+  }
+  for (; i < n; ++i) to[i] = f32_to_bf16(from[i]);
+}
+
+void narrow_f16(const float* from, int64_t n, uint16_t* to) {
+  int64_t i = 0;
+#if HWY_TARGET != HWY_SCALAR && HWY_TARGET != HWY_EMU128  // Highway's plain conversion does not round to even
+  const hn::Rebind<hwy::float16_t, FloatTag> d16;
+  for (; i + lanes() <= n; i += lanes()) {
+    hn::StoreU(hn::DemoteTo(d16, hn::LoadU(FloatTag(), from + i)), d16,
+               reinterpret_cast<hwy::float16_t*>(to + i));
+  }
+#endif
+  for (; i < n; ++i) to[i] = f32_to_f16(from[i]);
+}
+
+void narrow(const float* from, DType dtype, int64_t n, void* to) {
+  if (dtype == DType::f32) {
+    std::memmove(to, from, static_cast<size_t>(n) * sizeof(float));
+  } else if (dtype == DType::f16) {
+    narrow_f16(from, n, static_cast<uint16_t*>(to));
+  } else {
+    narrow_bf16(from, n, static_cast<uint16_t*>(to));
+  }
+}
+
+}  // namespace
+
+void fill_embed(Kernels& kernels) {
+  kernels.widen = widen;
+  kernels.narrow = narrow;
+  kernels.target = hwy::TargetName(HWY_TARGET);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace larosa
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace larosa {
+HWY_EXPORT(fill_embed);
+void fill_embed(Kernels& kernels) {
+  HWY_DYNAMIC_DISPATCH(fill_embed)(kernels);
+}
+}  // namespace larosa
+#endif

@@ -1,0 +1,86 @@
+// The table of single-threaded kernels of one instruction set. cpu.cpp fills one per backend by run-time
+// dispatch and splits the work over the threads; a kernel sees plain pointers, allocates nothing and throws
+// nothing.
+#pragma once
+
+#include <cstdint>
+
+#include "base/types.h"
+
+namespace larosa {
+
+/// What the exact selection of `keep` entries came to: everything with a key above `cut`, and the first
+/// `ties` entries whose key equals it.
+struct Cut {
+  int32_t key = 0;
+  int64_t ties = 0;
+};
+
+struct Kernels {
+  // -- embed: storage ↔ float32 -------------------------------------------------------------------------
+  /// to[i] = from[i] widened.                                       n elements of `dtype`
+  void (*widen)(const void* from, DType dtype, int64_t n, float* to);
+  /// to[i] = from[i] rounded to nearest even.                       dtype f32, f16 or bf16
+  void (*narrow)(const float* from, DType dtype, int64_t n, void* to);
+
+  // -- norm ---------------------------------------------------------------------------------------------
+  void (*rms_norm)(const float* x, const float* gain, float eps, int64_t n, float* y);
+
+  // -- gemv ---------------------------------------------------------------------------------------------
+  /// y[j] = Σ_c value[c] · w[index[c], j] (+ bias[j]) (+ y[j]) for j in [begin, end), one chain of fused
+  /// multiply-adds per output in the order of c. `index` null: channels 0 … count − 1.  w (in, out) channels
+  void (*gemv_channels)(const Weight& w, const int32_t* index, const float* value, int64_t count,
+                        int64_t begin, int64_t end, bool accumulate, float* y);
+  /// y[j] = Σ_i x[i] · w[j, i] (+ bias[j]) (+ y[j]) for j in [begin, end).  w (out, in) rows; x as pack_input
+  /// left it
+  void (*gemv_rows)(const Weight& w, const float* packed, int64_t begin, int64_t end, bool accumulate,
+                    float* y);
+  /// x in the order in which gemv_rows meets the weights of `dtype`, padded with zeros to packed_size(n).
+  void (*pack_input)(const float* x, DType dtype, int64_t n, float* packed);
+  int64_t (*packed_size)(int64_t n);
+
+  // -- topk ---------------------------------------------------------------------------------------------
+  /// keys[i]: |x[i]| · scale[i] as an integer that orders like it, NaN above infinity.
+  void (*make_keys)(const float* x, const float* scale, int64_t n, int32_t* keys);
+  /// The exact cut that leaves `keep` of n entries, 0 < keep ≤ n. `work`: n + 64 entries, clobbered.
+  Cut (*find_cut)(const int32_t* keys, int64_t n, int64_t keep, int32_t* work);
+  /// Kept entries as ascending indices and values; both need room for n + 64. Returns their number.
+  int64_t (*take_list)(const float* x, const int32_t* keys, int64_t n, Cut cut, int32_t* index, float* value);
+  /// Kept entries in place, zeros elsewhere. Returns the number kept.
+  int64_t (*take_masked)(const float* x, const int32_t* keys, int64_t n, Cut cut, float* y);
+  /// y += addend, both n.
+  void (*add)(const float* addend, int64_t n, float* y);
+
+  // -- rope ---------------------------------------------------------------------------------------------
+  /// Turns the pairs (i, i + half) of one head by (cosine, sine)[i].
+  void (*rope)(const float* cosine, const float* sine, int64_t half, float* head);
+
+  // -- attend -------------------------------------------------------------------------------------------
+  /// One query head against keys and values [0, n) (stored (n, E)): folds them into the running maximum, sum
+  /// and weighted mean (E) of the values. `score`: room for n + 64.
+  void (*attend_one)(const float* q, const void* keys, const void* values, DType dtype, int64_t n,
+                     int64_t width, float* score, float* max, float* sum, float* out);
+  /// One row of scores [0, n) becomes e^(score − max) for [begin, end) and zero elsewhere. Returns by how
+  /// much the results so far must be scaled.
+  float (*soften)(float* score, int64_t n, int64_t begin, int64_t end, float* max, float* sum);
+  /// x *= factor.
+  void (*scale)(float factor, int64_t n, float* x);
+
+  // -- glu, softmax ---------------------------------------------------------------------------------------
+  void (*glu)(const float* gate, const float* up, int64_t n, float* mid);
+  void (*log_softmax)(int64_t n, float* x);
+
+  const char* target = nullptr;  // Highway's name of the instruction set
+};
+
+// Each stem writes its part of the table for the instruction set that Highway has chosen.
+void fill_embed(Kernels& kernels);
+void fill_norm(Kernels& kernels);
+void fill_gemv(Kernels& kernels);
+void fill_topk(Kernels& kernels);
+void fill_rope(Kernels& kernels);
+void fill_attend(Kernels& kernels);
+void fill_glu(Kernels& kernels);
+void fill_softmax(Kernels& kernels);
+
+}  // namespace larosa

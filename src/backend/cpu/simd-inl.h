@@ -1,0 +1,138 @@
+// The vocabulary of the kernels: float32 vectors with tails, stored weights as vectors, e^x.
+#if defined(LAROSA_SIMD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef LAROSA_SIMD_INL_H_
+#undef LAROSA_SIMD_INL_H_
+#else
+#define LAROSA_SIMD_INL_H_
+#endif
+
+#include <cstring>
+
+#include "base/types.h"
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace larosa {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using FloatTag = hn::ScalableTag<float>;
+using IntTag = hn::ScalableTag<int32_t>;
+using Floats = hn::Vec<FloatTag>;
+using Ints = hn::Vec<IntTag>;
+
+HWY_INLINE int64_t lanes() {
+  return static_cast<int64_t>(hn::Lanes(FloatTag()));
+}
+
+/// The first `left` (or all) lanes at p; the others are zero and their memory is not touched.
+template <class Tag, class T>
+HWY_INLINE hn::Vec<Tag> load_part(Tag d, const T* p, int64_t left) {
+  if (left >= lanes()) return hn::LoadU(d, p);
+  return hn::MaskedLoad(hn::FirstN(d, static_cast<size_t>(left)), d, p);
+}
+template <class Tag, class T>
+HWY_INLINE void store_part(hn::Vec<Tag> v, Tag d, T* p, int64_t left) {
+  if (left >= lanes()) return hn::StoreU(v, d, p);
+  hn::BlendedStore(v, hn::FirstN(d, static_cast<size_t>(left)), d, p);
+}
+
+/// Two vectors of weights that lie together in memory. For bf16 `a` holds the even and `b` the odd ones: one
+/// shift and one mask widen them, where widening in order costs two shuffles. Callers keep their other
+/// operand in the same order.
+struct Pair {
+  Floats a, b;
+};
+
+struct F32 {
+  using Stored = float;
+  static constexpr bool kEvenOdd = false;
+  static HWY_INLINE Pair load(const float* p) {
+    const FloatTag d;
+    return {hn::LoadU(d, p), hn::LoadU(d, p + lanes())};
+  }
+};
+
+struct F16 {
+  using Stored = uint16_t;
+  static constexpr bool kEvenOdd = false;
+  static HWY_INLINE Pair load(const uint16_t* p) {
+    const FloatTag d;
+    const hn::Rebind<hwy::float16_t, FloatTag> d16;
+    const auto* h = reinterpret_cast<const hwy::float16_t*>(p);
+    return {hn::PromoteTo(d, hn::LoadU(d16, h)), hn::PromoteTo(d, hn::LoadU(d16, h + lanes()))};
+  }
+};
+
+struct BF16 {
+  using Stored = uint16_t;
+  static constexpr bool kEvenOdd = true;
+  static HWY_INLINE Pair load(const uint16_t* p) {
+    const FloatTag d;
+    const hn::ScalableTag<uint32_t> d32;
+#if HWY_TARGET == HWY_SCALAR  // loads no vector of bytes
+    uint32_t word;
+    std::memcpy(&word, p, sizeof(word));
+    const auto both = hn::Set(d32, word);
+#else
+    const hn::ScalableTag<uint8_t> d8;
+    const auto both = hn::BitCast(d32, hn::LoadU(d8, reinterpret_cast<const uint8_t*>(p)));
+#endif
+    return {hn::BitCast(d, hn::ShiftLeft<16>(both)),
+            hn::BitCast(d, hn::And(both, hn::Set(d32, 0xffff0000u)))};
+  }
+};
+
+/// Fewer than a Pair's worth of weights, padded with zeros.
+template <class Format>
+HWY_INLINE Pair load_tail(const typename Format::Stored* p, int64_t left) {
+  HWY_ALIGN typename Format::Stored padded[2 * hn::MaxLanes(FloatTag())] = {};
+  std::memcpy(padded, p, static_cast<size_t>(left) * sizeof(padded[0]));
+  return Format::load(padded);
+}
+
+/// Calls body(Format()) for the element type.
+template <class Body>
+HWY_INLINE void with_format(DType dtype, const Body& body) {
+  if (dtype == DType::f32) {
+    body(F32());
+  } else if (dtype == DType::f16) {
+    body(F16());
+  } else {
+    body(BF16());
+  }
+}
+
+/// e^x to 1.2e-7 relative; 0 below −104, infinity above 88.8. Cody-Waite reduction to |r| ≤ ln 2 / 2, a
+/// Taylor polynomial of degree 7 (remainder 5e-9), then the exponent in two factors so that neither overflows
+/// alone.
+HWY_INLINE Floats exponential(Floats x) {
+  const FloatTag d;
+  const IntTag di;
+  x = hn::Max(hn::Min(x, hn::Set(d, 89.0f)), hn::Set(d, -105.0f));
+  const Ints n = hn::NearestInt(hn::Mul(x, hn::Set(d, 1.44269504f)));
+  const Floats nf = hn::ConvertTo(d, n);
+  Floats r = hn::NegMulAdd(nf, hn::Set(d, 0.693145752f), x);
+  r = hn::NegMulAdd(nf, hn::Set(d, 1.42860677e-6f), r);
+  Floats p = hn::Set(d, 1.98412698e-4f);
+  p = hn::MulAdd(p, r, hn::Set(d, 1.38888889e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 8.33333333e-3f));
+  p = hn::MulAdd(p, r, hn::Set(d, 4.16666667e-2f));
+  p = hn::MulAdd(p, r, hn::Set(d, 1.66666667e-1f));
+  p = hn::MulAdd(p, r, hn::Set(d, 0.5f));
+  p = hn::MulAdd(p, hn::Mul(r, r), r);
+  p = hn::Add(p, hn::Set(d, 1.0f));
+  const Ints half = hn::ShiftRight<1>(n);
+  const Ints bias = hn::Set(di, 127);
+  const Floats s = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(half, bias)));
+  const Floats t = hn::BitCast(d, hn::ShiftLeft<23>(hn::Add(hn::Sub(n, half), bias)));
+  return hn::Mul(hn::Mul(p, s), t);
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace larosa
+HWY_AFTER_NAMESPACE();
+
+#endif

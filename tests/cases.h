@@ -1,0 +1,179 @@
+// What the operation tests and the benchmarks run on, once: shapes, keeps, types, instruction sets; and
+// owners of rows and weights that are strided and misaligned on purpose.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "backend/backend.h"
+#include "base/error.h"
+#include "base/thread_pool.h"
+
+namespace larosa::cases {
+
+struct Shape {
+  int64_t in, out;
+};
+
+/// Odd, one, below and above a vector, below and above a tile of oneDNN (384), more than one block of
+/// accumulators.
+inline const std::vector<Shape> kShapes = {{1, 1},     {3, 5},     {17, 64},    {64, 17},
+                                           {257, 129}, {384, 768}, {1030, 403}, {48, 9001}};
+/// Decoding shapes for benchmarks: a 1B model's projections, an 8B's, an odd one.
+inline const std::vector<Shape> kBenchShapes = {
+    {2048, 8192}, {8192, 2048}, {4096, 11008}, {2048, 2048}, {768, 2048}};
+inline const std::vector<int64_t> kRows = {1, 2, 3, 17, 64};
+inline const std::vector<DType> kTypes = {DType::f32, DType::f16, DType::bf16};
+inline const std::vector<Layout> kLayouts = {Layout::channels, Layout::rows};
+inline const std::vector<int> kThreads = {1, 2, 3, 4};
+
+inline std::vector<int64_t> keeps(int64_t n) {
+  const std::set<int64_t> unique = {0, 1, n / 4, n / 2, n - 1, n};
+  return {unique.begin(), unique.end()};
+}
+
+inline constexpr double kUnit = 0x1p-24;  // relative error of one float32 rounding
+
+/// Bound of the error of a float32 sum of n products in any order, times Σ|x·w|; Higham, Accuracy and
+/// Stability, §3.1.
+inline double sum_bound(int64_t n) {
+  const double nu = static_cast<double>(n + 3) * kUnit;
+  return nu / (1 - nu);
+}
+
+/// Instruction sets to try: the one the environment forces, or all that this machine has, the best one first
+/// (oneDNN settles on the first it meets).
+inline std::vector<std::string> isas() {
+  static const std::string forced = std::getenv("LAROSA_ISA") ? std::getenv("LAROSA_ISA") : "";
+  if (!forced.empty()) return {forced};
+  std::vector<std::string> found;
+  ThreadPool pool(1);
+  for (const char* name : {"avx512", "avx2", "portable"}) {
+    setenv("LAROSA_ISA", name, 1);
+    try {
+      make_cpu_backend({}, pool);
+      found.push_back(name);
+    } catch (const Error&) {  // this machine does not have it
+    }
+  }
+  unsetenv("LAROSA_ISA");
+  return found;
+}
+
+/// A cpu backend on one instruction set with threads of its own.
+struct Cpu {
+  Cpu(const std::string& isa, int threads, Products products = Products::f32) : pool(threads) {
+    const char* before = std::getenv("LAROSA_ISA");
+    const std::string kept = before ? before : "";
+    setenv("LAROSA_ISA", isa.c_str(), 1);
+    backend = make_cpu_backend({products}, pool);
+    kept.empty() ? unsetenv("LAROSA_ISA") : setenv("LAROSA_ISA", kept.c_str(), 1);
+  }
+  Backend* operator->() const { return backend.get(); }
+
+  ThreadPool pool;
+  std::unique_ptr<Backend> backend;
+};
+
+class Random {
+ public:
+  explicit Random(uint32_t seed) : engine_(seed) {}
+  float normal() { return normal_(engine_); }
+  int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(engine_); }
+
+ private:
+  std::mt19937 engine_;
+  std::normal_distribution<float> normal_;
+};
+
+/// Rows that own their memory, one element off any alignment and with a gap of NaN after each row.
+class Rows {
+ public:
+  Rows(int64_t rows, int64_t cols, int64_t gap = 3)
+      : data_(static_cast<size_t>(rows * (cols + gap) + 1), std::numeric_limits<float>::quiet_NaN()),
+        mat(data_.data() + 1, rows, cols, cols + gap) {}
+  Rows(const Rows& other)
+      : data_(other.data_), mat(data_.data() + 1, other.mat.rows, other.mat.cols, other.mat.stride) {}
+  Rows& operator=(const Rows&) = delete;
+
+  Rows& fill(Random& random, float scale = 1) {
+    for (int64_t t = 0; t < mat.rows; ++t) {
+      for (int64_t i = 0; i < mat.cols; ++i) mat.row(t)[i] = scale * random.normal();
+    }
+    return *this;
+  }
+  float at(int64_t t, int64_t i) const { return mat.row(t)[i]; }
+  /// The gaps are still NaN: nothing wrote between the rows.
+  bool gaps_intact() const {
+    for (int64_t t = 0; t < mat.rows; ++t) {
+      for (int64_t i = mat.cols; i < mat.stride; ++i) {
+        if (!std::isnan(mat.row(t)[i])) return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  std::vector<float> data_;
+
+ public:
+  Mat mat;
+};
+
+/// A weight that owns its memory, one element off any alignment.
+class StoredWeight {
+ public:
+  StoredWeight(DType dtype, Layout layout, int64_t in, int64_t out, bool bias, Random& random)
+      : bytes_(static_cast<size_t>((in * out + 1) * dtype_size(dtype))),
+        bias_(static_cast<size_t>(bias ? out : 0)) {
+    char* first = bytes_.data() + dtype_size(dtype);
+    for (int64_t i = 0; i < in * out; ++i) store_element(first, dtype, i, 0.5 * random.normal());
+    for (float& b : bias_) b = random.normal();
+    weight = {first, bias ? bias_.data() : nullptr, dtype, layout, in, out};
+  }
+  StoredWeight(StoredWeight&&) = default;
+  StoredWeight(const StoredWeight&) = delete;
+
+  /// The same with absolute values, for error bounds.
+  void absolute() {
+    char* first = bytes_.data() + dtype_size(weight.dtype);
+    for (int64_t i = 0; i < weight.in * weight.out; ++i) {
+      store_element(first, weight.dtype, i, std::fabs(load_element(first, weight.dtype, i)));
+    }
+    for (float& b : bias_) b = std::fabs(b);
+  }
+
+ private:
+  std::vector<char> bytes_;
+  std::vector<float> bias_;
+
+ public:
+  Weight weight;
+};
+
+inline void absolute(Mat m) {
+  for (int64_t t = 0; t < m.rows; ++t) {
+    for (int64_t i = 0; i < m.cols; ++i) m.row(t)[i] = std::fabs(m.row(t)[i]);
+  }
+}
+
+/// Number of entries whose bits differ.
+inline int64_t bits_differ(Mat a, Mat b) {
+  int64_t count = 0;
+  for (int64_t t = 0; t < a.rows; ++t) {
+    for (int64_t i = 0; i < a.cols; ++i) {
+      count += std::bit_cast<uint32_t>(a.row(t)[i]) != std::bit_cast<uint32_t>(b.row(t)[i]);
+    }
+  }
+  return count;
+}
+
+}  // namespace larosa::cases

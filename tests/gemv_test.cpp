@@ -1,0 +1,133 @@
+// One row: the decoding products, dense and sparse, on every instruction set.
+#include <gtest/gtest.h>
+
+#include "products.h"
+
+namespace larosa {
+namespace {
+
+using namespace cases;
+
+std::string name_of(const std::string& isa, Shape s, DType dtype, Layout layout) {
+  return isa + " " + std::to_string(s.in) + "→" + std::to_string(s.out) + " " + dtype_name(dtype) +
+         (layout == Layout::rows ? " rows" : " channels");
+}
+
+template <class Body>
+void each_case(const Body& body) {
+  for (const std::string& isa : isas()) {
+    const Cpu cpu(isa, 2);
+    for (const Shape s : kShapes) {
+      for (const DType dtype : kTypes) {
+        for (const Layout layout : kLayouts) {
+          SCOPED_TRACE(name_of(isa, s, dtype, layout));
+          body(cpu, isa, s, dtype, layout);
+        }
+      }
+    }
+  }
+}
+
+TEST(Gemv, MatchesTruth) {
+  const auto ref = make_ref_backend();
+  each_case([&](const Cpu& cpu, const std::string&, Shape s, DType dtype, Layout layout) {
+    for (const bool extra : {false, true}) {
+      ProductCase c(1, s, dtype, layout, extra, extra);
+      const auto got = c.run(*cpu.backend), truth = c.run(*ref);
+      c.absolute_all();
+      EXPECT_LE(worst_ratio(got, truth, c.run(*ref), sum_bound(s.in)), 1);
+    }
+  });
+}
+
+TEST(Gemv, SparseEqualsDenseOfMaskedRow) {
+  each_case([&](const Cpu& cpu, const std::string&, Shape s, DType dtype, Layout layout) {
+    const ProductCase c(1, s, dtype, layout, true, true);
+    const auto kept = cpu->make_selection(1, s.in);
+    for (const int64_t keep : keeps(s.in)) {
+      cpu->topk(c.x.mat, nullptr, keep, *kept);
+      const Rows masked(1, s.in);
+      cpu->expand(*kept, masked.mat);
+      const auto sparse = c.run_sparse(*cpu.backend, *kept), dense = c.run(*cpu.backend, masked.mat);
+      for (size_t p = 0; p < sparse.size(); ++p)
+        EXPECT_EQ(bits_differ(sparse[p].mat, dense[p].mat), 0) << keep;
+      if (keep != s.in) continue;
+      const auto all = c.run(*cpu.backend);
+      for (size_t p = 0; p < all.size(); ++p) EXPECT_EQ(bits_differ(sparse[p].mat, all[p].mat), 0);
+    }
+  });
+}
+
+TEST(Gemv, DroppedChannelsAreNotRead) {
+  Random random(5);
+  for (const std::string& isa : isas()) {
+    const Cpu cpu(isa, 2);
+    StoredWeight w(DType::f32, Layout::channels, 40, 70, false, random);
+    const Rows x = Rows(1, 40).fill(random), y(1, 70);
+    x.mat.data[7] = 0;
+    for (int64_t j = 0; j < 70; ++j) {
+      store_element(const_cast<void*>(w.weight.data), DType::f32, 7 * 70 + j, std::nan(""));
+    }
+    const auto kept = cpu->make_selection(1, 40);
+    cpu->topk(x.mat, nullptr, 39, *kept);
+    const Product product{w.weight, y.mat, false};
+    cpu->sparse_matmul(*kept, std::span(&product, 1));
+    for (int64_t j = 0; j < 70; ++j) EXPECT_FALSE(std::isnan(y.at(0, j))) << isa;
+  }
+}
+
+TEST(Gemv, ThreadsChangeNoBit) {
+  for (const std::string& isa : isas()) {
+    for (const DType dtype : kTypes) {
+      for (const Layout layout : kLayouts) {
+        const ProductCase c(1, {257, 1409}, dtype, layout, true, true);
+        const Cpu one(isa, 1);
+        const auto expected = c.run(*one.backend);
+        for (const int threads : kThreads) {
+          const Cpu cpu(isa, threads);
+          for (int repeat = 0; repeat < 3; ++repeat) {
+            const auto got = c.run(*cpu.backend);
+            for (size_t p = 0; p < got.size(); ++p) EXPECT_EQ(bits_differ(got[p].mat, expected[p].mat), 0);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(Gemv, RotateIsAProduct) {
+  Random random(3);
+  for (const std::string& isa : isas()) {
+    const Cpu cpu(isa, 2);
+    const StoredWeight basis(DType::f32, Layout::channels, 96, 96, false, random);
+    for (const int64_t rows : kRows) {
+      const Rows x = Rows(rows, 96).fill(random), y(rows, 96), z(rows, 96);
+      const Product product{basis.weight, z.mat, false};
+      cpu->rotate(x.mat, basis.weight, y.mat);
+      cpu->matmul(x.mat, std::span(&product, 1));
+      EXPECT_EQ(bits_differ(y.mat, z.mat), 0);
+    }
+  }
+}
+
+TEST(Isa, OverrideTakesEffect) {
+  const std::pair<const char*, std::vector<std::string>> expected[] = {
+      {"avx512", {"AVX3"}}, {"avx2", {"AVX2"}}, {"portable", {"SCALAR", "EMU128", "NEON", "SVE"}}};
+  for (const std::string& isa : isas()) {
+    const Cpu cpu(isa, 1);
+    bool named = false;
+    for (const auto& [name, targets] : expected) {
+      for (const std::string& target : targets) {
+        named |= isa == name && cpu->describe().find(", " + target) != std::string::npos;
+      }
+    }
+    EXPECT_TRUE(named) << isa << ": " << cpu->describe();
+  }
+}
+
+TEST(Isa, UnknownIsAnError) {
+  EXPECT_THROW(Cpu("mmx", 1), Error);
+}
+
+}  // namespace
+}  // namespace larosa
