@@ -34,9 +34,9 @@ std::string shape_text(std::span<const int64_t> shape);
 class Checkpoint {
  public:
   /// Opens and validates all headers. Throws Error naming file and field for: absent, truncated or over-long
-  /// file, header length beyond the file or 100 MB, malformed JSON, unknown or unsupported dtype of a tensor that is asked for,
-  /// shape products that overflow, offsets that overlap, leave gaps or run past the end, a tensor in two
-  /// shards, an index that names a path outside the directory or an absent shard or tensor.
+  /// file, header length beyond the file or 100 MB, malformed JSON, unknown or unsupported dtype of a tensor
+  /// that is asked for, shape products that overflow, offsets that overlap, leave gaps or run past the end, a
+  /// tensor in two shards, an index that names a path outside the directory or an absent shard or tensor.
   static Checkpoint open(const std::string& dir);
   /// A single file.
   static Checkpoint open_file(const std::string& path);
