@@ -48,16 +48,15 @@ float soften(float* score, int64_t n, int64_t begin, int64_t end, float* max, fl
   return factor;
 }
 
-/// Format for stored vectors of the cache in natural order, tails included.
+/// Stored keys and values as float32, tails included.
 HWY_INLINE Floats load_stored(const float* p, int64_t left) {
   return load_part(FloatTag(), p, left);
 }
-HWY_INLINE Floats load_stored(const hwy::float16_t* p, int64_t left) {
-  const hn::Rebind<hwy::float16_t, FloatTag> d16;
-  if (left >= lanes()) return hn::PromoteTo(FloatTag(), hn::LoadU(d16, p));
-  HWY_ALIGN hwy::float16_t padded[hn::MaxLanes(FloatTag())] = {};
+HWY_INLINE Floats load_stored(const uint16_t* p, int64_t left) {
+  if (left >= lanes()) return widen_half(p);
+  HWY_ALIGN uint16_t padded[hn::MaxLanes(FloatTag())] = {};
   std::memcpy(padded, p, static_cast<size_t>(left) * sizeof(padded[0]));
-  return hn::PromoteTo(FloatTag(), hn::LoadU(d16, padded));
+  return widen_half(padded);
 }
 
 template <class Stored>
@@ -96,7 +95,7 @@ void attend_one(const float* q, const void* keys, const void* values, DType dtyp
     attend_as(q, static_cast<const float*>(keys), static_cast<const float*>(values), n, width, score, max,
               sum, out);
   } else {
-    using Half = hwy::float16_t;
+    using Half = uint16_t;
     attend_as(q, static_cast<const Half*>(keys), static_cast<const Half*>(values), n, width, score, max, sum,
               out);
   }

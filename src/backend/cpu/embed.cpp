@@ -17,8 +17,7 @@ HWY_INLINE Floats widen_vector(const float* p) {
   return hn::LoadU(FloatTag(), p);
 }
 HWY_INLINE Floats widen_vector(const hwy::float16_t* p) {
-  const hn::Rebind<hwy::float16_t, FloatTag> d16;
-  return hn::PromoteTo(FloatTag(), hn::LoadU(d16, p));
+  return widen_half(reinterpret_cast<const uint16_t*>(p));
 }
 HWY_INLINE Floats widen_vector(const hwy::bfloat16_t* p) {
   const hn::Rebind<uint16_t, FloatTag> d16;

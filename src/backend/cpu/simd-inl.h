@@ -38,6 +38,20 @@ HWY_INLINE void store_part(hn::Vec<Tag> v, Tag d, T* p, int64_t left) {
   hn::BlendedStore(v, hn::FirstN(d, static_cast<size_t>(left)), d, p);
 }
 
+/// One vector of binary16.
+HWY_INLINE Floats widen_half(const uint16_t* p) {
+  const FloatTag d;
+#if HWY_TARGET == HWY_SCALAR || \
+    HWY_TARGET == HWY_EMU128  // Highway's plain conversion knows no infinity or NaN
+  HWY_ALIGN float wide[hn::MaxLanes(FloatTag())];
+  for (int64_t i = 0; i < lanes(); ++i) wide[i] = f16_to_f32(p[i]);
+  return hn::Load(d, wide);
+#else
+  const hn::Rebind<hwy::float16_t, FloatTag> d16;
+  return hn::PromoteTo(d, hn::LoadU(d16, reinterpret_cast<const hwy::float16_t*>(p)));
+#endif
+}
+
 /// Two vectors of weights that lie together in memory. For bf16 `a` holds the even and `b` the odd ones: one
 /// shift and one mask widen them, where widening in order costs two shuffles. Callers keep their other
 /// operand in the same order.
@@ -57,12 +71,7 @@ struct F32 {
 struct F16 {
   using Stored = uint16_t;
   static constexpr bool kEvenOdd = false;
-  static HWY_INLINE Pair load(const uint16_t* p) {
-    const FloatTag d;
-    const hn::Rebind<hwy::float16_t, FloatTag> d16;
-    const auto* h = reinterpret_cast<const hwy::float16_t*>(p);
-    return {hn::PromoteTo(d, hn::LoadU(d16, h)), hn::PromoteTo(d, hn::LoadU(d16, h + lanes()))};
-  }
+  static HWY_INLINE Pair load(const uint16_t* p) { return {widen_half(p), widen_half(p + lanes())}; }
 };
 
 struct BF16 {

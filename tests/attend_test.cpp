@@ -1,0 +1,107 @@
+// Attention over the cache: grouped heads, windows, chunked prompts, both cache types.
+#include <gtest/gtest.h>
+
+#include "cases.h"
+
+namespace larosa {
+namespace {
+
+using namespace cases;
+
+struct AttendCase {
+  int64_t heads, kv_heads, width, window;
+  std::vector<int64_t> steps;  // rows of each call, one after another
+};
+
+const AttendCase kCases[] = {
+    {1, 1, 2, 0, {1, 1, 1}},           {4, 2, 20, 0, {3, 1, 17, 1}},     {6, 2, 64, 0, {64, 1, 2, 17}},
+    {2, 2, 33, 5, {7, 1, 30, 1}},      {4, 1, 16, 100, {300, 1, 70, 1}}, {2, 1, 64, 0, {1100, 1, 200, 1, 1}},
+    {2, 1, 16, 300, {1500, 1, 3, 64}},
+};
+
+/// All outputs of a case, call after call.
+std::vector<Rows> run(Backend& backend, const AttendCase& c, DType dtype) {
+  Random random(8);
+  int64_t total = 0;
+  for (int64_t rows : c.steps) total += rows;
+  const auto cache = backend.make_kv_cache({2, c.kv_heads, c.width, total, dtype});
+  EXPECT_EQ(cache->bytes_per_token(), 2 * 2 * c.kv_heads * c.width * dtype_size(dtype));
+  std::vector<Rows> outputs;
+  int64_t pos = 0;
+  for (const int64_t rows : c.steps) {
+    for (const int64_t layer : {0, 1}) {
+      const Rows q = Rows(rows, c.heads * c.width).fill(random, 1.5f);
+      const Rows k = Rows(rows, c.kv_heads * c.width).fill(random);
+      const Rows v = Rows(rows, c.kv_heads * c.width).fill(random);
+      outputs.emplace_back(rows, c.heads * c.width);
+      backend.attend(q.mat, k.mat, v.mat, *cache, layer, pos, c.window, outputs.back().mat);
+      EXPECT_TRUE(outputs.back().gaps_intact());
+    }
+    pos += rows;
+  }
+  return outputs;
+}
+
+/// A score errs by sum_bound(E) of Σ|q·k|/√E (below 8·1.5·√E here: each entry is normal), its weight
+/// relatively by as much; the mean of values (below 6) by that and by the sums over n positions, both kept
+/// per chunk of 256.
+double bound(const AttendCase& c, int64_t positions) {
+  const double score = sum_bound(c.width) * 8 * 1.5 * std::sqrt(double(c.width));
+  const double chunks = double(positions) / 256 + 1;
+  return 6 * (2 * score + 2 * sum_bound(256) + 8 * chunks * kUnit);
+}
+
+TEST(Attend, MatchesTruth) {
+  const auto ref = make_ref_backend();
+  for (const AttendCase& c : kCases) {
+    for (const DType dtype : {DType::f32, DType::f16}) {
+      const std::vector<Rows> truth = run(*ref, c, dtype);
+      int64_t positions = 0;
+      for (int64_t rows : c.steps) positions += rows;
+      for (const std::string& isa : isas()) {
+        const Cpu cpu(isa, 2);
+        const std::vector<Rows> got = run(*cpu.backend, c, dtype);
+        double worst = 0;
+        for (size_t s = 0; s < got.size(); ++s) {
+          for (int64_t t = 0; t < got[s].mat.rows; ++t) {
+            for (int64_t i = 0; i < got[s].mat.cols; ++i) {
+              const double error = std::fabs(double{got[s].at(t, i)} - truth[s].at(t, i));
+              worst = error <= worst ? worst : error;
+            }
+          }
+        }
+        EXPECT_LE(worst, bound(c, positions)) << isa << " heads " << c.heads << " width " << c.width;
+      }
+    }
+  }
+}
+
+TEST(Attend, ThreadsChangeNoBit) {
+  for (const AttendCase& c : kCases) {
+    const Cpu one(isas().front(), 1);
+    const std::vector<Rows> expected = run(*one.backend, c, DType::f16);
+    for (const int threads : kThreads) {
+      const Cpu cpu(isas().front(), threads);
+      const std::vector<Rows> got = run(*cpu.backend, c, DType::f16);
+      for (size_t s = 0; s < got.size(); ++s) EXPECT_EQ(bits_differ(got[s].mat, expected[s].mat), 0);
+    }
+  }
+}
+
+/// Going back in the timeline overwrites what was there.
+TEST(Attend, RewindsToAnEarlierPosition) {
+  Random random(9);
+  const Rows q = Rows(10, 32).fill(random), k = Rows(10, 16).fill(random), v = Rows(10, 16).fill(random);
+  const Rows other = Rows(10, 16).fill(random);
+  const Cpu cpu(isas().front(), 1);
+  const KvShape shape{1, 1, 16, 10, DType::f32};
+  const auto once = cpu->make_kv_cache(shape), twice = cpu->make_kv_cache(shape);
+  const Rows a(10, 32), b(10, 32);
+  cpu->attend(q.mat, k.mat, v.mat, *once, 0, 0, 0, a.mat);
+  cpu->attend(q.mat, other.mat, other.mat, *twice, 0, 0, 0, b.mat);
+  cpu->attend(q.mat, k.mat, v.mat, *twice, 0, 0, 0, b.mat);
+  EXPECT_EQ(bits_differ(a.mat, b.mat), 0);
+}
+
+}  // namespace
+}  // namespace larosa
