@@ -1,0 +1,82 @@
+// larosa: one binary, one row per command.
+#include <array>
+#include <cstdio>
+#include <new>
+
+#include "base/error.h"
+#include "base/progress.h"
+#include "command.h"
+#include "version.h"
+
+namespace larosa {
+namespace {
+
+struct Command {
+  const char* name;
+  const char* summary;
+  const char* example;
+  Setup setup;
+};
+
+constexpr std::array kCommands = {
+    Command{"sparsify", "Make a model that reads only the weights that matter for each token",
+            "larosa sparsify models/demo-7m -o demo-50 --sparsity 0.5 --calib text/demo.calib.txt", setup_sparsify},
+    Command{"run", "Continue a text", "larosa run demo-50 -p \"It was a dark night\" -n 64", setup_run},
+    Command{"perplexity", "Measure how well a model predicts a text",
+            "larosa perplexity demo-50 -f text/demo.valid.txt --against models/demo-7m", setup_perplexity},
+};
+
+void print_bash_completion(const CLI::App& app) {
+  std::string commands, cases;
+  for (const CLI::App* sub : app.get_subcommands([](const CLI::App*) { return true; })) {
+    std::string flags;
+    for (const CLI::Option* option : sub->get_options()) {
+      for (const std::string& name : option->get_lnames()) flags += " --" + name;
+    }
+    commands += (commands.empty() ? "" : " ") + sub->get_name();
+    cases += "    " + sub->get_name() + ") words=\"" + flags.substr(flags.empty() ? 0 : 1) + "\" ;;\n";
+  }
+  std::printf(
+      "_larosa() {\n  local words=\"%s\" current=\"${COMP_WORDS[COMP_CWORD]}\"\n  case \"${COMP_WORDS[1]}\" in\n%s  esac\n"
+      "  [[ $COMP_CWORD -gt 1 && $current != -* ]] && return\n  COMPREPLY=($(compgen -W \"$words\" -- \"$current\"))\n}\n"
+      "complete -o default -F _larosa larosa\n",
+      commands.c_str(), cases.c_str());
+}
+
+int main_checked(int argc, char** argv) {
+  CLI::App app("Large language models that read only the weights that matter for each token");
+  app.set_version_flag("--version", LAROSA_VERSION_TEXT);
+  app.require_subcommand(1);
+  int code = 0;
+  for (const Command& command : kCommands) {
+    CLI::App* sub = app.add_subcommand(command.name, command.summary);
+    sub->footer(std::string("Example:\n  ") + command.example);
+    const auto run = command.setup(*sub);
+    sub->callback([run, &code] { code = run(); });
+  }
+  CLI::App* completion = app.add_subcommand("completion", "Print a completion script: source <(larosa completion)");
+  completion->callback([&app] { print_bash_completion(app); });
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    return app.exit(e) == 0 ? 0 : 1;
+  }
+  return code;
+}
+
+}  // namespace
+}  // namespace larosa
+
+int main(int argc, char** argv) {
+  try {
+    return larosa::main_checked(argc, argv);
+  } catch (const larosa::Interrupted&) {
+    std::fprintf(stderr, "interrupted\n");
+    return 130;
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "error: out of memory\n");
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "error: %s\n", e.what());
+  }
+  return 1;
+}
