@@ -1,0 +1,49 @@
+#include "backend/bandwidth.h"
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <vector>
+
+#include "base/thread_pool.h"
+
+namespace larosa {
+namespace {
+
+constexpr int64_t kLine = 16;  // 64-bit words summed side by side: two cache lines
+
+/// Integer sums: no order to keep, so the compiler vectorises them and only memory is in the way.
+uint64_t sum(const uint64_t* words, int64_t begin, int64_t end) {
+  uint64_t lanes[kLine] = {};
+  for (int64_t i = begin; i + kLine <= end; i += kLine) {
+    for (int64_t s = 0; s < kLine; ++s) lanes[s] += words[i + s];
+  }
+  uint64_t total = 0;
+  for (uint64_t lane : lanes) total += lane;
+  return total;
+}
+
+}  // namespace
+
+double measure_read_bandwidth(ThreadPool& pool, int64_t bytes) {
+  const int64_t words = std::max<int64_t>(bytes / 8, kLine);
+  const auto memory = std::make_unique_for_overwrite<uint64_t[]>(static_cast<size_t>(words));
+  pool.split(words, kLine,
+             [&](int64_t begin, int64_t end) { std::fill(&memory[begin], &memory[0] + end, 1); });
+  double best = 0;
+  for (int pass = 0; pass < 5; ++pass) {
+    std::vector<uint64_t> totals(static_cast<size_t>(pool.size()));
+    const auto start = std::chrono::steady_clock::now();
+    pool.run([&](int thread) {
+      const int64_t begin = words * thread / pool.size(), end = words * (thread + 1) / pool.size();
+      totals[static_cast<size_t>(thread)] = sum(memory.get(), begin, end);
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    volatile uint64_t keep = totals[0];  // the sums are wanted
+    (void)keep;
+    best = std::max(best, static_cast<double>(words) * 8e-9 / seconds.count());
+  }
+  return best;
+}
+
+}  // namespace larosa

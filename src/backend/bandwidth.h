@@ -1,0 +1,14 @@
+// The machine's read bandwidth: what a decoding product is measured against.
+#pragma once
+
+#include <cstdint>
+
+namespace larosa {
+
+class ThreadPool;
+
+/// GB/s (10^9) at which all threads of the pool together read `bytes` of memory, best of five passes. Take
+/// `bytes` well beyond the caches (1 GiB). Needs that much memory.
+double measure_read_bandwidth(ThreadPool& pool, int64_t bytes);
+
+}  // namespace larosa
