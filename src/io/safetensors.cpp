@@ -3,12 +3,10 @@
 #include <xxhash.h>
 
 #include <algorithm>
-#include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <nlohmann/json.hpp>
+#include <functional>
+#include <sstream>
 
 #include "base/error.h"
 #include "io/json.h"
@@ -19,140 +17,193 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-constexpr int64_t kLongestHeader = 100'000'000;  // as the format's own library
-constexpr size_t kMostDims = 8;
+constexpr int64_t kMaxHeader = 100'000'000;  // bytes; the format's own limit
+constexpr size_t kMaxDims = 8;
 
-/// A tensor as its header declares it; its element type may be one we do not run.
-struct Declared {
+/// A tensor as the header describes it. `dtype` is the stored word; only four of them can be computed with.
+struct Entry {
+  size_t file = 0;
   std::string dtype;
   std::vector<int64_t> shape;
-  int64_t begin = 0, end = 0;  // in the data section
-  size_t file = 0;
+  int64_t offset = 0;  // in the file
+  int64_t bytes = 0;
 };
 
-int64_t stored_size(const std::string& dtype) {
-  static const std::map<std::string, int64_t> sizes = {
-      {"F64", 8}, {"F32", 4},  {"F16", 2}, {"BF16", 2}, {"I64", 8}, {"I32", 4},     {"I16", 2},    {"I8", 1},
-      {"U8", 1},  {"BOOL", 1}, {"U16", 2}, {"U32", 4},  {"U64", 8}, {"F8_E4M3", 1}, {"F8_E5M2", 1}};
-  const auto it = sizes.find(dtype);
-  return it == sizes.end() ? 0 : it->second;
+struct StoredType {
+  const char* name;
+  int64_t size;
+  std::optional<DType> dtype;
+};
+constexpr StoredType kStoredTypes[] = {
+    {"F64", 8, DType::f64}, {"F32", 4, DType::f32}, {"F16", 2, DType::f16}, {"BF16", 2, DType::bf16},
+    {"I64", 8, {}},         {"I32", 4, {}},         {"I16", 2, {}},         {"I8", 1, {}},
+    {"U64", 8, {}},         {"U32", 4, {}},         {"U16", 2, {}},         {"U8", 1, {}},
+    {"BOOL", 1, {}},        {"F8_E4M3", 1, {}},     {"F8_E5M2", 1, {}},     {"F8_E8M0", 1, {}},
+    {"C64", 8, {}},         {"F8_E4M3FNUZ", 1, {}}, {"F8_E5M2FNUZ", 1, {}},
+};
+
+const StoredType* find_stored_type(const std::string& name) {
+  for (const StoredType& type : kStoredTypes)
+    if (name == type.name) return &type;
+  return nullptr;
 }
 
-std::optional<DType> known_dtype(const std::string& dtype) {
-  if (dtype == "F32") return DType::f32;
-  if (dtype == "F16") return DType::f16;
-  if (dtype == "BF16") return DType::bf16;
-  if (dtype == "F64") return DType::f64;
+/// A name that can stand in a one-line message.
+bool printable(const std::string& text) {
+  return !text.empty() && text.size() <= 1024 &&
+         std::none_of(text.begin(), text.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; });
+}
+
+/// One tensor's header entry; `limit` is the number of data bytes in the file.
+Entry read_entry(const std::string& where, const json& value, int64_t limit) {
+  const Fields fields(value, where);
+  Entry entry;
+  entry.dtype = fields.text("dtype");
+  const json& shape = fields.get("shape");
+  if (!shape.is_array() || shape.size() > kMaxDims)
+    fields.refuse("shape", "expected a list of at most " + std::to_string(kMaxDims) + " sizes");
+  int64_t elements = 1;
+  for (const json& d : shape) {
+    const auto size = integer_in(d, 0, std::numeric_limits<int64_t>::max());
+    if (!size) fields.refuse("shape", "expected sizes from 0 to 2^63 - 1");
+    entry.shape.push_back(*size);
+    elements = checked_mul(elements, *size, where + ": shape " + shown(shape));
+  }
+  const json& offsets = fields.get("data_offsets");
+  if (!offsets.is_array() || offsets.size() != 2) fields.refuse("data_offsets", "expected [begin, end]");
+  const auto begin = integer_in(offsets[0], 0, limit), end = integer_in(offsets[1], 0, limit);
+  if (!begin || !end || *begin > *end) {
+    fields.refuse("data_offsets",
+                  "expected begin and end within the file's " + std::to_string(limit) + " data bytes");
+  }
+  entry.offset = *begin;
+  entry.bytes = *end - *begin;
+  const StoredType* type = find_stored_type(entry.dtype);
+  if (!type) fields.refuse("dtype", "expected a type of the safetensors format");
+  const int64_t needed = checked_mul(elements, type->size, where + ": shape " + shown(shape));
+  if (needed != entry.bytes) {
+    fail(where, ": data_offsets span ", entry.bytes, " bytes, but shape ", shape_text(entry.shape), " of ",
+         entry.dtype, " needs ", needed);
+  }
+  return entry;
+}
+
+/// Every data byte belongs to exactly one tensor.
+void check_coverage(const std::string& path, const std::map<std::string, Entry>& entries, int64_t limit) {
+  std::vector<std::pair<const std::string*, const Entry*>> order;
+  for (const auto& [name, entry] : entries) order.emplace_back(&name, &entry);
+  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
+    return std::pair(a.second->offset, a.second->bytes) < std::pair(b.second->offset, b.second->bytes);
+  });
+  int64_t end = 0;
+  for (const auto& [name, entry] : order) {
+    if (entry->offset != end) {
+      fail(path, ": tensor ", *name, ": data_offsets begin at ", entry->offset, ", ",
+           entry->offset < end ? "overlapping the tensor before it"
+                               : "leaving a gap after the tensor before it",
+           ", which ends at ", end);
+    }
+    end += entry->bytes;
+  }
+  if (end != limit)
+    fail(path, ": data_offsets end at ", end, ", but the file has ", limit,
+         " data bytes (truncated or damaged)");
+}
+
+/// The header of one file: its tensors with offsets in the file, and its metadata.
+std::map<std::string, Entry> read_header(const MappedFile& file,
+                                         std::map<std::string, std::string>& metadata) {
+  const std::string& path = file.path();
+  uint64_t length = 0;
+  constexpr int64_t prefix = sizeof(length);
+  if (file.size() < prefix)
+    fail(path, ": ", file.size(), " bytes are too short for a safetensors header length");
+  std::memcpy(&length, file.data(), sizeof(length));
+  if (length > static_cast<uint64_t>(kMaxHeader))
+    fail(path, ": header length ", length, " is over the limit of ", kMaxHeader, " bytes");
+  const auto header = static_cast<int64_t>(length);
+  if (header > file.size() - prefix)
+    fail(path, ": header length ", length, " reaches beyond the file of ", file.size(),
+         " bytes (truncated?)");
+  const std::string_view text(reinterpret_cast<const char*>(file.data()) + prefix, length);
+  if (text.empty() || text[0] != '{') fail(path, ": header does not begin with '{': no safetensors file");
+
+  const json root = parse_json(text, path + ": header");
+  const int64_t limit = file.size() - prefix - header;
+  std::map<std::string, Entry> entries;
+  for (const auto& [name, value] : root.items()) {
+    if (name == "__metadata__") {
+      if (!value.is_object()) fail(path, ": __metadata__ is ", shown(value), ", expected an object");
+      for (const auto& [key, word] : value.items()) {
+        if (!word.is_string())
+          fail(path, ": __metadata__ ", shown(json(key)), " is ", shown(word), ", expected a string");
+        const auto [other, added] = metadata.emplace(key, word.get<std::string>());
+        if (!added && other->second != word.get<std::string>())
+          fail(path, ": __metadata__ ", shown(json(key)), " differs from that of another shard");
+      }
+      continue;
+    }
+    if (!printable(name))
+      fail(path, ": tensor name ", shown(json(name)), " is empty, too long or unprintable");
+    entries.emplace(name, read_entry(path + ": tensor " + name, value, limit));
+  }
+  check_coverage(path, entries, limit);
+  for (auto& [name, entry] : entries) entry.offset += prefix + header;
+  return entries;
+}
+
+/// True when some element's exponent is all ones: NaN or infinity.
+template <class Bits>
+std::optional<int64_t> first_not_finite(const std::byte* data, int64_t elements, Bits exponent) {
+  for (int64_t i = 0; i < elements; ++i) {
+    Bits bits;
+    std::memcpy(&bits, data + i * static_cast<int64_t>(sizeof(bits)), sizeof(bits));
+    if ((bits & exponent) == exponent) return i;
+  }
   return std::nullopt;
 }
 
-Declared parse_tensor(const json& j, const std::string& where) {
-  if (!j.is_object()) fail(where, ": is not an object");
-  const auto field = [&](const char* name) -> const json& {
-    const auto it = j.find(name);
-    if (it == j.end()) fail(where, ": ", name, " is missing");
-    return *it;
-  };
-  const auto whole = [&](const json& value, const char* name) {
-    if (!value.is_number_unsigned() || value.get<uint64_t>() > uint64_t{1} << 62)
-      fail(where, ": ", name, " holds ", value.dump(), ", expected a whole number");
-    return value.get<int64_t>();
-  };
-  Declared t;
-  if (!field("dtype").is_string()) fail(where, ": dtype is not a string");
-  t.dtype = field("dtype").get<std::string>();
-  const int64_t size = stored_size(t.dtype);
-  if (size == 0) fail(where, ": dtype ", t.dtype, " is unknown");
-  const json& shape = field("shape");
-  if (!shape.is_array() || shape.size() > kMostDims)
-    fail(where, ": shape is not a list of at most ", kMostDims, " numbers");
-  int64_t bytes = size;
-  for (const json& n : shape) {
-    t.shape.push_back(whole(n, "shape"));
-    bytes = checked_mul(bytes, t.shape.back(), where + ": shape");
+std::optional<int64_t> first_not_finite(const Tensor& tensor) {
+  switch (tensor.dtype) {
+    case DType::f32:
+      return first_not_finite<uint32_t>(tensor.data, tensor.elements(), 0x7f800000u);
+    case DType::f16:
+      return first_not_finite<uint16_t>(tensor.data, tensor.elements(), 0x7c00u);
+    case DType::bf16:
+      return first_not_finite<uint16_t>(tensor.data, tensor.elements(), 0x7f80u);
+    case DType::f64:
+      return first_not_finite<uint64_t>(tensor.data, tensor.elements(), 0x7ff0000000000000ull);
   }
-  const json& offsets = field("data_offsets");
-  if (!offsets.is_array() || offsets.size() != 2) fail(where, ": data_offsets is not a pair");
-  t.begin = whole(offsets[0], "data_offsets");
-  t.end = whole(offsets[1], "data_offsets");
-  if (t.end < t.begin || t.end - t.begin != bytes) {
-    fail(where, ": data_offsets hold ", t.end - t.begin, " bytes, shape ", shape_text(t.shape), " of ",
-         t.dtype, " needs ", bytes);
-  }
-  return t;
+  return std::nullopt;
 }
 
 }  // namespace
 
 std::string shape_text(std::span<const int64_t> shape) {
-  std::string text = "(";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + ")";
+  std::ostringstream text;
+  text << '(';
+  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
+  text << ')';
+  return text.str();
 }
 
 struct Checkpoint::Data {
-  std::string dir;
+  std::string root;  // directory or file, for messages
   std::vector<MappedFile> files;
-  std::vector<int64_t> data_start;  // per file
-  std::map<std::string, Declared> tensors;
+  std::map<std::string, Entry> entries;
   std::map<std::string, std::string> metadata;
 
-  void add_file(const std::string& path);
-  Tensor view(const std::string& name, const Declared& t) const;
+  void add(const std::string& path) {
+    files.emplace_back(path);
+    for (auto& [name, entry] : read_header(files.back(), metadata)) {
+      entry.file = files.size() - 1;
+      const auto [other, added] = entries.emplace(name, std::move(entry));
+      if (!added) fail(path, ": tensor ", name, " is also in ", files[other->second.file].path());
+    }
+  }
+
+  const std::byte* bytes_of(const Entry& entry) const { return files[entry.file].data() + entry.offset; }
 };
-
-void Checkpoint::Data::add_file(const std::string& path) {
-  MappedFile file(path);
-  if (file.size() < 8) fail(path, ": ", file.size(), " bytes, a safetensors file has at least 8");
-  uint64_t length = 0;
-  std::memcpy(&length, file.data(), 8);
-  if (length > static_cast<uint64_t>(kLongestHeader))
-    fail(path, ": header length ", length, " is above ", kLongestHeader);
-  const int64_t start = 8 + static_cast<int64_t>(length);
-  if (start > file.size())
-    fail(path, ": header length ", length, " is beyond the file's ", file.size(), " bytes");
-  const std::string_view text(reinterpret_cast<const char*>(file.data()) + 8, length);
-  if (text.empty() || text[0] != '{') fail(path, ": header does not start with {");
-  const json header = parse_json(text, path + ": header");
-  std::vector<std::pair<int64_t, std::pair<int64_t, std::string>>> ranges;
-  for (const auto& [name, value] : header.items()) {
-    if (name == "__metadata__") {
-      if (!value.is_object()) fail(path, ": header: __metadata__ is not an object");
-      for (const auto& [key, entry] : value.items()) {
-        if (!entry.is_string()) fail(path, ": header: __metadata__ ", key, " is not a string");
-        metadata[key] = entry.get<std::string>();
-      }
-      continue;
-    }
-    Declared t = parse_tensor(value, path + ": tensor " + name);
-    t.file = files.size();
-    ranges.push_back({t.begin, {t.end, name}});
-    if (!tensors.emplace(name, std::move(t)).second)
-      fail(path, ": tensor ", name, ": stands in another file as well");
-  }
-  std::sort(ranges.begin(), ranges.end());
-  int64_t expected = 0;
-  for (const auto& [begin, rest] : ranges) {
-    if (begin != expected) {
-      fail(path, ": tensor ", rest.second, ": data_offsets begin at ", begin, ", expected ", expected,
-           begin < expected ? " (overlap)" : " (gap)");
-    }
-    expected = rest.first;
-  }
-  if (start + expected != file.size()) {
-    fail(path, ": ", file.size(), " bytes, the header describes ", start + expected,
-         file.size() < start + expected ? " (truncated)" : "");
-  }
-  files.push_back(std::move(file));
-  data_start.push_back(start);
-}
-
-Tensor Checkpoint::Data::view(const std::string& name, const Declared& t) const {
-  const auto dtype = known_dtype(t.dtype);
-  if (!dtype)
-    fail(files[t.file].path(), ": tensor ", name, ": dtype ", t.dtype, " is not supported (F32, F16, BF16)");
-  return {name, *dtype, t.shape, files[t.file].data() + data_start[t.file] + t.begin, t.end - t.begin};
-}
 
 Checkpoint::Checkpoint(std::unique_ptr<Data> data) : data_(std::move(data)) {}
 Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
@@ -161,69 +212,72 @@ Checkpoint::~Checkpoint() = default;
 
 Checkpoint Checkpoint::open_file(const std::string& path) {
   auto data = std::make_unique<Data>();
-  data->dir = path;
-  data->add_file(path);
+  data->root = path;
+  data->add(path);
   return Checkpoint(std::move(data));
 }
 
 Checkpoint Checkpoint::open(const std::string& dir) {
-  const fs::path index_path = fs::path(dir) / "model.safetensors.index.json";
+  std::error_code ignored;
   const fs::path single = fs::path(dir) / "model.safetensors";
-  if (!fs::exists(index_path)) {
-    if (!fs::exists(single))
-      fail(dir, ": neither model.safetensors nor model.safetensors.index.json is there");
-    return open_file(single.string());
+  if (fs::exists(single, ignored)) return open_file(single.string());
+  const std::string index = (fs::path(dir) / "model.safetensors.index.json").string();
+  if (!fs::exists(index, ignored))
+    fail(dir, ": holds neither model.safetensors nor model.safetensors.index.json");
+
+  const json root = parse_json_file(index);
+  const Fields fields(root, index);
+  const json& map = fields.get("weight_map");
+  if (!map.is_object() || map.empty()) fields.refuse("weight_map", "expected an object with tensors");
+  std::map<std::string, std::vector<std::string>> shards;  // file → tensors
+  for (const auto& [name, file] : map.items()) {
+    const std::string where = "weight_map of " + shown(json(name)) + " is " + shown(file);
+    if (!file.is_string()) fail(index, ": ", where, ", expected a file name");
+    const auto shard = file.get<std::string>();
+    if (!printable(shard) || shard.find_first_of("/\\") != std::string::npos ||
+        shard.find("..") != std::string::npos)
+      fail(index, ": ", where, ", expected a plain file name beside the index");
+    shards[shard].push_back(name);
   }
-  const std::string source = index_path.string();
-  const json index = read_json(source);
-  const auto map = index.find("weight_map");
-  if (map == index.end() || !map->is_object()) fail(source, ": weight_map is missing or not an object");
   auto data = std::make_unique<Data>();
-  data->dir = dir;
-  std::map<std::string, size_t> shards;
-  for (const auto& [name, value] : map->items()) {
-    if (!value.is_string()) fail(source, ": weight_map: ", name, " is not a string");
-    const std::string shard = value.get<std::string>();
-    if (shard.empty() || shard == "." || shard == ".." ||
-        shard.find_first_of(std::string("/\\\0", 3)) != std::string::npos) {
-      fail(source, ": weight_map: ", name, " names \"", shard, "\", expected a file of this directory");
-    }
-    if (!shards.count(shard)) {
-      const fs::path path = fs::path(dir) / shard;
-      if (!fs::exists(path))
-        fail(path.string(), ": the shard that ", source, " names for ", name, " is absent");
-      shards[shard] = data->files.size();
-      data->add_file(path.string());
-    }
-    const auto tensor = data->tensors.find(name);
-    if (tensor == data->tensors.end() || tensor->second.file != shards[shard]) {
-      fail((fs::path(dir) / shard).string(), ": tensor ", name, ": absent, though ", source,
-           " places it there");
+  data->root = dir;
+  for (const auto& [shard, names] : shards) {
+    const std::string path = (fs::path(dir) / shard).string();
+    if (!fs::exists(path, ignored)) fail(index, ": weight_map names ", shard, ", which is absent");
+    data->add(path);
+    for (const std::string& name : names) {
+      const auto entry = data->entries.find(name);
+      if (entry == data->entries.end() || data->files[entry->second.file].path() != path)
+        fail(path, ": tensor ", shown(json(name)), " is absent, but ", index, " says it is here");
     }
   }
-  if (shards.empty()) fail(source, ": weight_map is empty");
   return Checkpoint(std::move(data));
 }
 
 std::optional<Tensor> Checkpoint::find(const std::string& name) const {
-  const auto it = data_->tensors.find(name);
-  if (it == data_->tensors.end()) return std::nullopt;
-  return data_->view(name, it->second);
+  const auto found = data_->entries.find(name);
+  if (found == data_->entries.end()) return std::nullopt;
+  const Entry& entry = found->second;
+  const StoredType* type = find_stored_type(entry.dtype);
+  if (!type->dtype)
+    fail(file_of(name), ": tensor ", name, ": dtype ", entry.dtype,
+         " is not supported (F32, F16, BF16, F64 are)");
+  return Tensor{name, *type->dtype, entry.shape, data_->bytes_of(entry), entry.bytes};
 }
 
 Tensor Checkpoint::get(const std::string& name, std::span<const int64_t> shape) const {
-  const auto tensor = find(name);
-  if (!tensor) fail(data_->dir, ": tensor ", name, " is absent");
+  std::optional<Tensor> tensor = find(name);
+  if (!tensor) fail(data_->root, ": tensor ", name, " is absent, expected shape ", shape_text(shape));
   if (!std::equal(shape.begin(), shape.end(), tensor->shape.begin(), tensor->shape.end())) {
-    fail(file_of(name), ": tensor ", name, ": shape ", shape_text(tensor->shape), ", expected ",
+    fail(file_of(name), ": tensor ", name, ": shape is ", shape_text(tensor->shape), ", expected ",
          shape_text(shape));
   }
-  return *tensor;
+  return std::move(*tensor);
 }
 
 std::vector<std::string> Checkpoint::names() const {
   std::vector<std::string> names;
-  for (const auto& entry : data_->tensors) names.push_back(entry.first);
+  for (const auto& [name, entry] : data_->entries) names.push_back(name);
   return names;
 }
 
@@ -232,55 +286,64 @@ const std::map<std::string, std::string>& Checkpoint::metadata() const {
 }
 
 std::string Checkpoint::file_of(const std::string& name) const {
-  const auto it = data_->tensors.find(name);
-  return it == data_->tensors.end() ? data_->dir : data_->files[it->second.file].path();
+  const auto entry = data_->entries.find(name);
+  return entry == data_->entries.end() ? data_->root : data_->files[entry->second.file].path();
 }
 
 int64_t Checkpoint::bytes() const {
   int64_t total = 0;
-  for (const auto& entry : data_->tensors) total += entry.second.end - entry.second.begin;
+  for (const auto& [name, entry] : data_->entries) total += entry.bytes;
   return total;
 }
 
 void Checkpoint::release(const Tensor& tensor) const {
   for (const MappedFile& file : data_->files) {
-    if (tensor.data >= file.data() && tensor.data < file.data() + file.size())
-      file.release(tensor.data - file.data(), tensor.bytes);
+    const std::less_equal<const std::byte*> before_or_at;
+    if (file.data() && before_or_at(file.data(), tensor.data) &&
+        before_or_at(tensor.data + tensor.bytes, file.data() + file.size()))
+      return file.release(tensor.data - file.data(), tensor.bytes);
   }
 }
 
 void Checkpoint::check_finite() const {
-  for (const auto& [name, declared] : data_->tensors) {
-    if (!known_dtype(declared.dtype)) continue;
-    const Tensor tensor = data_->view(name, declared);
-    for (int64_t i = 0; i < tensor.elements(); ++i) {
-      if (!std::isfinite(load_element(tensor.data, tensor.dtype, i)))
-        fail(file_of(name), ": tensor ", name, ": element ", i, " is not finite");
-    }
+  for (const auto& [name, entry] : data_->entries) {
+    if (!find_stored_type(entry.dtype)->dtype) continue;  // integers are finite
+    const Tensor tensor = *find(name);
+    const auto place = first_not_finite(tensor);
+    if (place)
+      fail(file_of(name), ": tensor ", name, ": element ", *place, " is ",
+           load_element(tensor.data, tensor.dtype, *place));
     release(tensor);
   }
 }
 
 std::string Checkpoint::fingerprint() const {
-  constexpr int64_t kEnds = 4096, kPlaces = 64, kSample = 64;
-  XXH3_state_t* state = XXH3_createState();
-  CHECK(state);
-  XXH3_64bits_reset(state);
-  for (const auto& [name, t] : data_->tensors) {
-    const std::string head = name + t.dtype + shape_text(t.shape);
-    XXH3_64bits_update(state, head.data(), head.size());
-    const std::byte* data = data_->files[t.file].data() + data_->data_start[t.file] + t.begin;
-    const int64_t bytes = t.end - t.begin, end = std::min(kEnds, bytes);
-    XXH3_64bits_update(state, data, static_cast<size_t>(end));
-    XXH3_64bits_update(state, data + bytes - end, static_cast<size_t>(end));
-    for (int64_t i = 0; i < kPlaces && bytes > 2 * kEnds; ++i)
-      XXH3_64bits_update(state, data + (bytes - kSample) / kPlaces * i, kSample);
+  constexpr int64_t kEdge = 4096, kPlaces = 64, kPlace = 64;  // bytes, places, bytes of each
+  XXH3_state_t state;
+  XXH3_64bits_reset(&state);
+  const auto add = [&](const void* bytes, int64_t count) {
+    XXH3_64bits_update(&state, bytes, static_cast<size_t>(count));
+  };
+  for (const auto& [name, entry] : data_->entries) {
+    const std::string title = name + '\n' + entry.dtype + '\n' + shape_text(entry.shape) + '\n';
+    add(title.data(), static_cast<int64_t>(title.size()));
+    const std::byte* data = data_->bytes_of(entry);
+    const int64_t middle = entry.bytes - 2 * kEdge;
+    if (middle <= kPlaces * kPlace) {
+      add(data, entry.bytes);
+      continue;
+    }
+    add(data, kEdge);
+    for (int64_t i = 0; i < kPlaces; ++i) add(data + kEdge + middle / kPlaces * i, kPlace);
+    add(data + entry.bytes - kEdge, kEdge);
+    data_->files[entry.file].release(entry.offset, entry.bytes);
   }
-  const uint64_t hash = XXH3_64bits_digest(state);
-  XXH3_freeState(state);
-  char text[17];
-  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(hash));
-  return text;
+  std::ostringstream text;
+  text << std::hex;
+  text.width(16);
+  text.fill('0');
+  text << XXH3_64bits_digest(&state);
+  return text.str();
 }
 
 }  // namespace larosa

@@ -58,7 +58,7 @@ class Checkpoint {
   /// Sum of all tensors' bytes.
   int64_t bytes() const;
 
-  /// Gives a tensor's pages back to the system.
+  /// Gives the pages of tensor.data … + tensor.bytes back to the system; nothing for memory of no file here.
   void release(const Tensor& tensor) const;
   /// Throws Error naming the first tensor with a NaN or an infinity (`--check-tensors`).
   void check_finite() const;

@@ -1,21 +1,24 @@
-// The table of architectures. A new family with the known block is a file in arch/ and a row here.
+// The architecture table. A new family is a file in arch/ and a row here.
 #include <array>
+#include <string>
 
 #include "base/error.h"
-#include "model/weights.h"
+#include "model/arch/families.h"
 
 namespace larosa {
+namespace {
 
-extern const Architecture kLlama, kMistral, kQwen2, kQwen3;
+constexpr std::array<const Architecture*, 4> kArchitectures = {&kLlama, &kMistral, &kQwen2, &kQwen3};
+
+}  // namespace
 
 const Architecture& find_architecture(const std::string& model_type, const std::string& source) {
-  static const std::array<const Architecture*, 4> table = {&kLlama, &kMistral, &kQwen2, &kQwen3};
   std::string known;
-  for (const Architecture* row : table) {
+  for (const Architecture* row : kArchitectures) {
     if (model_type == row->model_type) return *row;
     known += (known.empty() ? "" : ", ") + std::string(row->model_type);
   }
-  fail(source, ": model_type \"", model_type, "\" is not supported (known: ", known, ")");
+  fail(source, ": model_type is ", shown(model_type), ", known are ", known);
 }
 
 }  // namespace larosa

@@ -7,149 +7,242 @@
 
 #include "base/error.h"
 #include "io/json.h"
-#include "model/fields.h"
-#include "model/weights.h"
+#include "model/arch/families.h"
 
 namespace larosa {
-namespace {
 
 using nlohmann::json;
 
-constexpr int64_t kWidest = 1 << 20;  // no model is near it; keeps every product of two widths in range
+namespace {
 
-/// rope_scaling (rope_parameters in newer files): absent, "default" or "llama3".
-void read_rope(const json& j, const std::string& source, ModelConfig& c) {
-  const json* parameters = find_field(j, "rope_parameters");
-  const json* scaling = parameters ? parameters : find_field(j, "rope_scaling");
-  const std::string name = parameters ? "rope_parameters" : "rope_scaling";
-  const bool own_theta = parameters && parameters->is_object() && find_field(*parameters, "rope_theta");
-  c.rope_theta = number_field(own_theta ? *parameters : j, source, "rope_theta", 0, 1e12, 10000.0);
-  if (!scaling) return;
-  if (!scaling->is_object()) fail(source, ": field ", name, " is ", scaling->dump(), ", expected an object");
-  const std::string where = source + ": field " + name;
-  const std::string type =
-      text_field(*scaling, where, "rope_type", text_field(*scaling, where, "type", "default"));
-  if (type == "default") return;
-  if (type != "llama3")
-    fail(source, ": field ", name, ": type \"", type, "\" is not supported (default, llama3)");
-  Llama3Rope rope;
-  rope.factor = number_field(*scaling, where, "factor", 0, 1e6);
-  rope.low_freq_factor = number_field(*scaling, where, "low_freq_factor", 0, 1e6);
-  rope.high_freq_factor = number_field(*scaling, where, "high_freq_factor", 0, 1e6);
-  rope.original_context = int_field(*scaling, where, "original_max_position_embeddings", 1, int64_t{1} << 31);
-  if (rope.high_freq_factor <= rope.low_freq_factor)
-    fail(where, ": high_freq_factor is not above low_freq_factor");
-  c.rope_scaling = rope;
+// Far above every known model, and low enough that products of two stay far from 2^63.
+constexpr int64_t kMaxLayers = 1024, kMaxHeads = 4096, kMaxHeadDim = 4096, kMaxDim = int64_t{1} << 20,
+                  kMaxFfn = int64_t{1} << 22, kMaxVocab = int64_t{1} << 24, kMaxContext = int64_t{1} << 31;
+
+/// Fields that would change the arithmetic, with the value at which they do not. Anything else is refused.
+struct Neutral {
+  const char* field;
+  json value;
+};
+const std::vector<Neutral>& neutral_fields() {
+  static const std::vector<Neutral> fields = {
+      {"quantization_config", nullptr},
+      {"compression_config", nullptr},
+      {"partial_rotary_factor", 1.0},
+      {"mlp_bias", false},
+      {"rope_interleaved", false},
+      {"use_qk_norm", false},
+      {"qk_layernorm", false},
+      {"num_experts", nullptr},
+      {"num_local_experts", nullptr},
+      {"n_routed_experts", nullptr},
+      {"clip_qkv", nullptr},
+      {"attn_logit_softcapping", nullptr},
+      {"final_logit_softcapping", nullptr},
+      {"query_pre_attn_scalar", nullptr},
+      {"logit_scale", 1.0},
+      {"logits_scaling", 1.0},
+      {"embedding_multiplier", 1.0},
+      {"residual_multiplier", 1.0},
+      {"attention_multiplier", nullptr},
+      {"attention_chunk_size", nullptr},
+      {"no_rope_layers", nullptr},
+      {"kv_lora_rank", nullptr},
+      {"is_encoder_decoder", false},
+      {"add_cross_attention", false},
+  };
+  return fields;
 }
 
-/// A token id or a list of them.
-std::vector<int32_t> read_ids(const json& j, const std::string& source, const char* name, int64_t vocab) {
-  const json* field = find_field(j, name);
-  if (!field) return {};
-  std::vector<int32_t> ids;
-  for (const json& id : field->is_array() ? *field : json::array({*field})) {
-    if (!id.is_number_integer() || id.get<int64_t>() < 0 || id.get<int64_t>() >= vocab) {
-      fail(source, ": field ", name, " is ", field->dump(), ", expected token ids below ", vocab);
+void refuse_unknown_arithmetic(const Fields& fields) {
+  for (const Neutral& neutral : neutral_fields()) {
+    const json* value = fields.find(neutral.field);
+    if (value && *value != neutral.value) fields.refuse(neutral.field, "which is not implemented");
+  }
+  const auto activation = fields.find_text("hidden_act");
+  if (activation && *activation != "silu") fields.refuse("hidden_act", "only \"silu\" is implemented");
+}
+
+void check_class(const Fields& fields, const Architecture& architecture) {
+  const json* classes = fields.find("architectures");
+  if (!classes) return;
+  const bool known = classes->is_array() && classes->size() == 1 &&
+                     ((*classes)[0] == architecture.class_name || (*classes)[0] == "LarosaForCausalLM");
+  if (!known) {
+    fields.refuse("architectures", std::string("model_type ") + architecture.model_type + " is run as [\"" +
+                                       architecture.class_name + "\"]");
+  }
+}
+
+Llama3Rope read_llama3_rope(const Fields& fields) {
+  Llama3Rope rope;
+  rope.factor = fields.number("factor", 1, 1e6);
+  rope.low_freq_factor = fields.number("low_freq_factor", 1e-6, 1e6);
+  rope.high_freq_factor = fields.number("high_freq_factor", 1e-6, 1e6);
+  rope.original_context = fields.integer("original_max_position_embeddings", 1, kMaxContext);
+  if (rope.high_freq_factor <= rope.low_freq_factor)
+    fields.refuse("high_freq_factor", "expected more than low_freq_factor");
+  return rope;
+}
+
+/// rope_theta and rope_scaling, or the one dictionary rope_parameters that later files hold both in.
+void read_rope(const Fields& fields, ModelConfig& config) {
+  constexpr double kLeast = 1e-3, kMost = 1e15;
+  config.rope_theta = fields.find_number("rope_theta", kLeast, kMost).value_or(10000);
+  for (const char* name : {"rope_scaling", "rope_parameters"}) {
+    const auto rope = fields.find_object(name);
+    if (!rope) continue;
+    config.rope_theta = rope->find_number("rope_theta", kLeast, kMost).value_or(config.rope_theta);
+    if (rope->find_number("partial_rotary_factor", -1e9, 1e9).value_or(1) != 1)
+      rope->refuse("partial_rotary_factor", "which is not implemented");
+    const char* key = rope->find("rope_type") ? "rope_type" : "type";
+    const std::string type = rope->find_text(key).value_or("default");
+    if (type == "llama3") {
+      config.rope_scaling = read_llama3_rope(*rope);
+    } else if (type != "default") {
+      rope->refuse(key, "only \"default\" and \"llama3\" are implemented");
+    } else if (rope->find("factor")) {
+      rope->refuse("factor", "which needs a rope_type");
     }
-    ids.push_back(id.get<int32_t>());
+  }
+}
+
+/// One id, a list of ids, or none.
+std::vector<int32_t> read_ids(const Fields& fields, const char* name, std::optional<int32_t> absent,
+                              int64_t vocab) {
+  std::vector<int32_t> ids;
+  if (!fields.object().contains(name)) {
+    if (absent && *absent < vocab) ids.push_back(*absent);
+    return ids;
+  }
+  const json* value = fields.find(name);
+  if (!value) return ids;
+  const auto read = [&](const json& id) {
+    const auto number = integer_in(id, 0, vocab - 1);
+    if (!number)
+      fields.refuse(name, "expected token ids from 0 to " + std::to_string(vocab - 1) + " (vocab_size)");
+    ids.push_back(static_cast<int32_t>(*number));
+  };
+  if (value->is_array()) {
+    for (const json& id : *value) read(id);
+  } else {
+    read(*value);
   }
   return ids;
 }
 
-/// What would change the arithmetic and is not implemented.
-void refuse_unsupported(const json& j, const std::string& source) {
-  if (find_field(j, "quantization_config"))
-    fail(source, ": field quantization_config: quantised checkpoints are not supported");
-  const std::string act = text_field(j, source, "hidden_act", "silu");
-  if (act != "silu" && act != "swish")
-    fail(source, ": field hidden_act \"", act, "\" is not supported (silu)");
-  refuse_true(j, source, "mlp_bias", "biases in the MLP are not supported");
-  refuse_true(j, source, "rope_interleaved", "interleaved rotary embedding is not supported");
-  refuse_true(j, source, "is_encoder_decoder", "encoder-decoder models are not supported");
-  refuse_true(j, source, "add_cross_attention", "cross attention is not supported");
-  if (number_field(j, source, "partial_rotary_factor", 0, 1, 1.0) != 1.0)
-    fail(source, ": field partial_rotary_factor: only 1 is supported");
-  for (const char* name : {"num_experts", "num_local_experts", "n_routed_experts"}) {
-    if (find_field(j, name)) fail(source, ": field ", name, ": mixtures of experts are not supported");
-  }
-  for (const char* name : {"attn_logit_softcapping", "final_logit_softcapping", "logit_scale",
-                           "embedding_multiplier", "residual_multiplier"}) {
-    if (find_field(j, name)) fail(source, ": field ", name, ": is not supported");
+void add_ids(std::vector<int32_t>& ids, const std::vector<int32_t>& more) {
+  for (const int32_t id : more) {
+    if (std::find(ids.begin(), ids.end(), id) == ids.end()) ids.push_back(id);
   }
 }
 
 }  // namespace
 
-ModelConfig parse_config(const json& j, const std::string& source) {
-  const std::string type = text_field(j, source, "model_type", "");
-  if (type.empty()) fail(source, ": field model_type is missing");
-  const Architecture& architecture = find_architecture(type, source);
-  refuse_unsupported(j, source);
-  ModelConfig c;
-  c.architecture = type;
-  c.dim = int_field(j, source, "hidden_size", 1, kWidest);
-  c.layers = int_field(j, source, "num_hidden_layers", 1, 1024);
-  c.heads = int_field(j, source, "num_attention_heads", 1, 4096);
-  c.kv_heads = int_field(j, source, "num_key_value_heads", 1, 4096, c.heads);
-  c.ffn = int_field(j, source, "intermediate_size", 1, kWidest);
-  c.vocab = int_field(j, source, "vocab_size", 1, 1 << 24);
-  c.context = int_field(j, source, "max_position_embeddings", 1, int64_t{1} << 31);
-  if (c.heads % c.kv_heads != 0)
-    fail(source, ": field num_key_value_heads is ", c.kv_heads,
-         ", which does not divide num_attention_heads ", c.heads);
-  if (!find_field(j, "head_dim") && c.dim % c.heads != 0) {
-    fail(source, ": field num_attention_heads is ", c.heads, ", which does not divide hidden_size ", c.dim);
+void read_common(const Fields& fields, const FamilyDefaults& defaults, ModelConfig& config) {
+  config.dim = fields.integer("hidden_size", 1, kMaxDim);
+  config.layers = fields.integer("num_hidden_layers", 1, kMaxLayers);
+  config.heads = fields.integer("num_attention_heads", 1, kMaxHeads);
+  config.ffn = fields.integer("intermediate_size", 1, kMaxFfn);
+  config.vocab = fields.integer("vocab_size", 1, kMaxVocab);
+
+  const bool says_kv_heads = fields.object().contains("num_key_value_heads");  // null: as many as heads
+  const int64_t kv_heads = says_kv_heads || defaults.kv_heads == 0 ? config.heads : defaults.kv_heads;
+  config.kv_heads = fields.find_integer("num_key_value_heads", 1, kMaxHeads).value_or(kv_heads);
+  if (config.heads % config.kv_heads != 0) {
+    fields.refuse("num_attention_heads",
+                  "expected a multiple of num_key_value_heads, " + std::to_string(config.kv_heads));
   }
-  c.head_dim = int_field(j, source, "head_dim", 2, 4096, c.dim / c.heads);
-  if (c.head_dim < 2 || c.head_dim % 2 != 0)
-    fail(source, ": field head_dim is ", c.head_dim, ", expected an even number");
-  if (c.q_dim() > kWidest)
-    fail(source, ": field num_attention_heads is ", c.heads, ": too wide with head_dim ", c.head_dim);
-  c.norm_eps = static_cast<float>(number_field(j, source, "rms_norm_eps", 0, 0.1, 1e-6));
-  read_rope(j, source, c);
-  c.bos = read_ids(j, source, "bos_token_id", c.vocab);
-  c.eos = read_ids(j, source, "eos_token_id", c.vocab);
-  architecture.read_config(j, source, c);
-  return c;
+  const bool says_head_dim = fields.object().contains("head_dim");
+  const auto head_dim = fields.find_integer("head_dim", 1, kMaxHeadDim);
+  if (head_dim) {
+    config.head_dim = *head_dim;
+  } else if (!says_head_dim && defaults.head_dim != 0) {
+    config.head_dim = defaults.head_dim;
+  } else {
+    if (config.dim % config.heads != 0) {
+      fields.refuse("hidden_size",
+                    "expected a multiple of num_attention_heads, " + std::to_string(config.heads));
+    }
+    config.head_dim = config.dim / config.heads;
+  }
+  if (config.head_dim % 2 != 0 || config.head_dim > kMaxHeadDim)
+    fail(fields.source(), ": head_dim is ", config.head_dim, ", expected an even number up to ", kMaxHeadDim);
+  if (config.q_dim() > kMaxDim)
+    fail(fields.source(), ": num_attention_heads times head_dim exceeds ", kMaxDim);
+
+  config.context = fields.find_integer("max_position_embeddings", 1, kMaxContext).value_or(defaults.context);
+  config.norm_eps = static_cast<float>(fields.find_number("rms_norm_eps", 1e-30, 0.0999).value_or(1e-6));
+  read_rope(fields, config);
+  config.tied = fields.boolean_or("tie_word_embeddings", false);
+  config.bos = read_ids(fields, "bos_token_id", defaults.bos, config.vocab);
+  config.eos = read_ids(fields, "eos_token_id", defaults.eos, config.vocab);
+}
+
+void check_layer_types(const Fields& fields, const ModelConfig& config) {
+  const json* types = fields.find("layer_types");
+  if (!types) return;
+  if (!types->is_array() || types->size() != static_cast<size_t>(config.layers))
+    fields.refuse("layer_types", "expected a list of num_hidden_layers, " + std::to_string(config.layers));
+  for (int64_t l = 0; l < config.layers; ++l) {
+    const char* expected = config.window_of(l) > 0 ? "sliding_attention" : "full_attention";
+    const json& type = (*types)[static_cast<size_t>(l)];
+    if (type != expected) {
+      fail(fields.source(), ": layer_types of layer ", l, " is ", shown(type),
+           ", but the window fields say \"", expected, "\"");
+    }
+  }
+}
+
+void read_qwen_window(const Fields& fields, ModelConfig& config) {
+  constexpr int64_t kWindow = 4096, kFirstLayer = 28;  // where the file says nothing
+  if (fields.boolean_or("use_sliding_window", false)) {
+    const auto window = fields.find_integer("sliding_window", 1, kMaxContext);
+    config.window = window.value_or(fields.object().contains("sliding_window") ? 0 : kWindow);
+    config.window_from = fields.find_integer("max_window_layers", 0, kMaxContext).value_or(kFirstLayer);
+  }
+  check_layer_types(fields, config);
+}
+
+ModelConfig parse_config(const json& root, const std::string& source) {
+  const Fields fields(root, source);
+  const Architecture& architecture = find_architecture(fields.text("model_type"), source);
+  check_class(fields, architecture);
+  refuse_unknown_arithmetic(fields);
+  ModelConfig config;
+  config.architecture = architecture.model_type;
+  architecture.read_config(root, source, config);
+  return config;
 }
 
 ModelConfig load_config(const std::string& dir) {
-  namespace fs = std::filesystem;
-  const std::string path = (fs::path(dir) / "config.json").string();
-  if (!fs::is_directory(dir)) fail(dir, ": is not a directory");
-  ModelConfig c = parse_config(read_json(path), path);
-  const fs::path generation = fs::path(dir) / "generation_config.json";
-  if (fs::exists(generation)) {
-    const json j = read_json(generation.string());
-    for (int32_t id : read_ids(j, generation.string(), "eos_token_id", c.vocab)) {
-      if (std::find(c.eos.begin(), c.eos.end(), id) == c.eos.end()) c.eos.push_back(id);
-    }
+  const std::filesystem::path base(dir);
+  const std::string path = (base / "config.json").string();
+  ModelConfig config = parse_config(parse_json_file(path), path);
+  const std::string generation = (base / "generation_config.json").string();
+  std::error_code ignored;
+  if (std::filesystem::exists(generation, ignored)) {
+    const json root = parse_json_file(generation);
+    add_ids(config.eos, read_ids(Fields(root, generation), "eos_token_id", std::nullopt, config.vocab));
   }
-  return c;
+  return config;
 }
 
 std::vector<float> ModelConfig::inv_freq() const {
-  std::vector<float> freq(static_cast<size_t>(head_dim / 2));
-  for (size_t i = 0; i < freq.size(); ++i) {
-    const float exponent = static_cast<float>(2 * i) / static_cast<float>(head_dim);
-    freq[i] = 1.0f / static_cast<float>(std::pow(rope_theta, static_cast<double>(exponent)));
-    if (!rope_scaling) continue;
-    // Llama 3.1: wavelengths beyond the original context are stretched by factor, short ones stay, with a
-    // smooth passage between (transformers' modeling_rope_utils, rope_type llama3).
-    const Llama3Rope& r = *rope_scaling;
-    const double wavelength = 2 * std::numbers::pi / static_cast<double>(freq[i]);
-    const double original = static_cast<double>(r.original_context);
-    if (wavelength < original / r.high_freq_factor) continue;
-    const double slow = static_cast<double>(freq[i]) / r.factor;
-    if (wavelength > original / r.low_freq_factor) {
-      freq[i] = static_cast<float>(slow);
-    } else {
-      const double smooth =
-          (original / wavelength - r.low_freq_factor) / (r.high_freq_factor - r.low_freq_factor);
-      freq[i] = static_cast<float>((1 - smooth) * slow + smooth * static_cast<double>(freq[i]));
+  std::vector<float> frequencies;
+  for (int64_t i = 0; i < head_dim / 2; ++i) {
+    double f = std::pow(rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
+    if (rope_scaling) {
+      // Turns over the original context: few are slowed by factor, many stay, those between are blended.
+      const Llama3Rope& rope = *rope_scaling;
+      const double turns = static_cast<double>(rope.original_context) * f / (2 * std::numbers::pi);
+      const double blend = std::clamp(
+          (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0.0, 1.0);
+      f = (1 - blend) * f / rope.factor + blend * f;
     }
+    frequencies.push_back(static_cast<float>(f));
   }
-  return freq;
+  return frequencies;
 }
 
 int64_t projection_in(const ModelConfig& c, Projection p) {
@@ -172,20 +265,20 @@ int64_t projection_out(const ModelConfig& c, Projection p) {
     case Projection::wk:
     case Projection::wv:
       return c.kv_dim();
-    case Projection::wo:
-    case Projection::down:
-      return c.dim;
     case Projection::gate:
     case Projection::up:
       return c.ffn;
+    case Projection::wo:
+    case Projection::down:
+      return c.dim;
   }
   return 0;
 }
 
 int64_t layer_weights(const ModelConfig& c) {
-  int64_t total = 0;
-  for (Projection p : kProjections) total += projection_in(c, p) * projection_out(c, p);
-  return total;
+  int64_t sum = 0;
+  for (const Projection p : kProjections) sum += projection_in(c, p) * projection_out(c, p);
+  return sum;
 }
 
 }  // namespace larosa

@@ -1,19 +1,23 @@
-// Mistral: Llama with a sliding window over all layers.
-#include "model/arch/names.h"
-#include "model/fields.h"
-#include "model/weights.h"
+// Mistral 7B: Llama with grouped heads and, in its first version, a sliding window in every layer.
+#include "model/arch/families.h"
 
 namespace larosa {
 namespace {
+
 void read(const nlohmann::json& json, const std::string& source, ModelConfig& config) {
-  config.tied = bool_field(json, source, "tie_word_embeddings", false);
-  // transformers' default is 4096 where the field is absent; null means none.
-  const bool none = json.contains("sliding_window") && json["sliding_window"].is_null();
-  config.window = none ? 0 : int_field(json, source, "sliding_window", 1, int64_t{1} << 31, 4096);
+  const Fields fields(json, source);
+  read_common(fields, {.kv_heads = 8, .context = 4096 * 32, .bos = 1, .eos = 2}, config);
+  if (fields.boolean_or("attention_bias", false)) fields.refuse("attention_bias", "mistral has no biases");
+  // null means no window; a config that does not name the field means the first version's 4096.
+  constexpr int64_t kFirstVersion = 4096;
+  config.window = json.contains("sliding_window")
+                      ? fields.find_integer("sliding_window", 1, int64_t{1} << 31).value_or(0)
+                      : kFirstVersion;
+  check_layer_types(fields, config);
 }
+
 }  // namespace
 
-extern const Architecture kMistral;
-const Architecture kMistral = {"mistral", "MistralForCausalLM", read, &kHuggingFaceNames};
+const Architecture kMistral = {"mistral", "MistralForCausalLM", read, &kLlamaNames};
 
 }  // namespace larosa
