@@ -31,7 +31,7 @@ MappedFile::MappedFile(const std::string& path) : path_(path) {
   struct stat status {};
   if (fstat(fd, &status) != 0 || !S_ISREG(status.st_mode)) {
     close(fd);
-    fail(path, ": is no regular file");
+    fail(path, ": is not a regular file");
   }
   if (status.st_size > 0) {
     void* memory = mmap(nullptr, static_cast<size_t>(status.st_size), PROT_READ, MAP_SHARED, fd, 0);

@@ -319,10 +319,11 @@ void Checkpoint::check_finite() const {
 
 std::string Checkpoint::fingerprint() const {
   constexpr int64_t kEdge = 4096, kPlaces = 64, kPlace = 64;  // bytes, places, bytes of each
-  XXH3_state_t state;
-  XXH3_64bits_reset(&state);
+  const std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state(XXH3_createState(), XXH3_freeState);
+  if (!state) fail(data_->root, ": out of memory");
+  XXH3_64bits_reset(state.get());
   const auto add = [&](const void* bytes, int64_t count) {
-    XXH3_64bits_update(&state, bytes, static_cast<size_t>(count));
+    XXH3_64bits_update(state.get(), bytes, static_cast<size_t>(count));
   };
   for (const auto& [name, entry] : data_->entries) {
     const std::string title = name + '\n' + entry.dtype + '\n' + shape_text(entry.shape) + '\n';
@@ -342,7 +343,7 @@ std::string Checkpoint::fingerprint() const {
   text << std::hex;
   text.width(16);
   text.fill('0');
-  text << XXH3_64bits_digest(&state);
+  text << XXH3_64bits_digest(state.get());
   return text.str();
 }
 
