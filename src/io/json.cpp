@@ -31,7 +31,7 @@ json parse_json(std::string_view text, const std::string& source, int max_depth)
   }
 }
 
-json parse_json_file(const std::string& path, int max_depth) {
+json read_json(const std::string& path, int max_depth) {
   const MappedFile file(path);
   if (file.size() == 0) fail(path, ": file is empty");
   return parse_json({reinterpret_cast<const char*>(file.data()), static_cast<size_t>(file.size())}, path,

@@ -15,7 +15,7 @@ namespace larosa {
 /// in one object, and nesting deeper than `max_depth`.
 nlohmann::json parse_json(std::string_view text, const std::string& source, int max_depth = 64);
 /// The same for the file at `path`.
-nlohmann::json parse_json_file(const std::string& path, int max_depth = 64);
+nlohmann::json read_json(const std::string& path, int max_depth = 64);
 
 /// A value as it stands in the file, cut to fit a one-line message.
 std::string shown(const nlohmann::json& value);

@@ -225,7 +225,7 @@ Checkpoint Checkpoint::open(const std::string& dir) {
   if (!fs::exists(index, ignored))
     fail(dir, ": holds neither model.safetensors nor model.safetensors.index.json");
 
-  const json root = parse_json_file(index);
+  const json root = read_json(index);
   const Fields fields(root, index);
   const json& map = fields.get("weight_map");
   if (!map.is_object() || map.empty()) fields.refuse("weight_map", "expected an object with tensors");

@@ -218,11 +218,11 @@ ModelConfig parse_config(const json& root, const std::string& source) {
 ModelConfig load_config(const std::string& dir) {
   const std::filesystem::path base(dir);
   const std::string path = (base / "config.json").string();
-  ModelConfig config = parse_config(parse_json_file(path), path);
+  ModelConfig config = parse_config(read_json(path), path);
   const std::string generation = (base / "generation_config.json").string();
   std::error_code ignored;
   if (std::filesystem::exists(generation, ignored)) {
-    const json root = parse_json_file(generation);
+    const json root = read_json(generation);
     add_ids(config.eos, read_ids(Fields(root, generation), "eos_token_id", std::nullopt, config.vocab));
   }
   return config;
