@@ -27,7 +27,8 @@ class Tokenizer {
 
   /// Ids of `text` (UTF-8; invalid bytes become U+FFFD as in Python's errors="replace").
   /// add_special: what the post-processor adds (a BOS for Llama, nothing for Qwen).
-  /// parse_special: added/special tokens written in the text become their single ids (Hugging Face's default).
+  /// parse_special: added/special tokens written in the text become their single ids (Hugging Face's
+  /// default).
   std::vector<TokenId> encode(std::string_view text, bool add_special, bool parse_special = true) const;
 
   /// Text of `ids`; skip_special leaves out special tokens. Bytes that form no valid UTF-8 become U+FFFD.
@@ -45,9 +46,10 @@ class Tokenizer {
   /// True when encode(…, add_special = true) puts something before or after the text.
   bool adds_special() const;
 
+  struct Data;  // text/pipeline.h
+
  private:
   friend class TextStream;
-  struct Data;
   explicit Tokenizer(std::unique_ptr<const Data> data);
   std::unique_ptr<const Data> data_;
 };
@@ -64,10 +66,14 @@ class TextStream {
   std::string finish();
 
  private:
+  std::string end_of_bytes();
+  std::string stripped(std::string text);
+
   const Tokenizer* tokenizer_;
   bool skip_special_;
-  bool first_ = true;
-  std::string pending_;
+  size_t strip_;         // blanks still to take from the start of the text
+  std::string pending_;  // the start of a character
+  std::string bytes_;    // a run of byte-fallback tokens
 };
 
 }  // namespace larosa
