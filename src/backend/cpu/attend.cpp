@@ -59,52 +59,91 @@ HWY_INLINE Floats load_stored(const uint16_t* p, int64_t left) {
   return widen_half(padded);
 }
 
-template <class Stored>
-void attend_as(const float* q, const Stored* keys, const Stored* values, int64_t n, int64_t width,
-               float* score, float* max, float* sum, float* out) {
+/// score[h][j] = unit · q[h]·k[j] for Count heads: a key is widened once for all of them.
+template <int64_t Count, class Stored>
+void score_heads(const float* q, const Stored* keys, int64_t n, int64_t width, float unit, float* score) {
   const FloatTag d;
-  const float unit = 1.0f / std::sqrt(static_cast<float>(width));
   for (int64_t j = 0; j < n; ++j) {
-    Floats a = hn::Zero(d);
+    Floats a[Count];
+    for (int64_t h = 0; h < Count; ++h) a[h] = hn::Zero(d);
     for (int64_t e = 0; e < width; e += lanes()) {
-      a = hn::MulAdd(load_part(d, q + e, width - e), load_stored(keys + j * width + e, width - e), a);
+      const Floats k = load_stored(keys + j * width + e, width - e);
+      for (int64_t h = 0; h < Count; ++h)
+        a[h] = hn::MulAdd(load_part(d, q + h * width + e, width - e), k, a[h]);
     }
-    score[j] = hn::GetLane(hn::SumOfLanes(d, a)) * unit;
-  }
-  const float factor = soften(score, n, 0, n, max, sum);
-  for (int64_t e = 0; e < width; e += 4 * lanes()) {
-    Floats a[4];
-    const int64_t left = width - e, count = HWY_MIN(int64_t{4}, (left + lanes() - 1) / lanes());
-    for (int64_t s = 0; s < count; ++s) {
-      a[s] = hn::Mul(load_part(d, out + e + s * lanes(), left - s * lanes()), hn::Set(d, factor));
-    }
-    for (int64_t j = 0; j < n; ++j) {
-      const Floats p = hn::Set(d, score[j]);
-      for (int64_t s = 0; s < count; ++s) {
-        const Floats v = load_stored(values + j * width + e + s * lanes(), left - s * lanes());
-        a[s] = hn::MulAdd(p, v, a[s]);
-      }
-    }
-    for (int64_t s = 0; s < count; ++s) store_part(a[s], d, out + e + s * lanes(), left - s * lanes());
+    for (int64_t h = 0; h < Count; ++h)
+      score[h * kAttendStride + j] = hn::GetLane(hn::SumOfLanes(d, a[h])) * unit;
   }
 }
 
-void attend_one(const float* q, const void* keys, const void* values, DType dtype, int64_t n, int64_t width,
-                float* score, float* max, float* sum, float* out) {
+/// out[h] = factor[h] · out[h] + Σ_j score[h][j] · v[j] for Count heads, two vectors of the width at a time.
+template <int64_t Count, class Stored>
+void mix_heads(const float* score, const Stored* values, int64_t n, int64_t width, const float* factor,
+               float* out, int64_t stride) {
+  const FloatTag d;
+  for (int64_t e = 0; e < width; e += 2 * lanes()) {
+    const int64_t left = width - e, right = left - lanes();
+    const bool two = right > 0;
+    Floats a[Count], b[Count];
+    for (int64_t h = 0; h < Count; ++h) {
+      const Floats f = hn::Set(d, factor[h]);
+      a[h] = hn::Mul(load_part(d, out + h * stride + e, left), f);
+      b[h] = two ? hn::Mul(load_part(d, out + h * stride + e + lanes(), right), f) : hn::Zero(d);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const Stored* v = values + j * width + e;
+      const Floats u = load_stored(v, left), w = two ? load_stored(v + lanes(), right) : hn::Zero(d);
+      for (int64_t h = 0; h < Count; ++h) {
+        const Floats p = hn::Set(d, score[h * kAttendStride + j]);
+        a[h] = hn::MulAdd(p, u, a[h]);
+        b[h] = hn::MulAdd(p, w, b[h]);
+      }
+    }
+    for (int64_t h = 0; h < Count; ++h) {
+      store_part(a[h], d, out + h * stride + e, left);
+      if (two) store_part(b[h], d, out + h * stride + e + lanes(), right);
+    }
+  }
+}
+
+template <int64_t Count, class Stored>
+void attend_heads(const float* q, const Stored* keys, const Stored* values, int64_t n, int64_t width,
+                  float* score, float* state, int64_t stride) {
+  score_heads<Count>(q, keys, n, width, 1.0f / std::sqrt(static_cast<float>(width)), score);
+  float factor[Count];
+  for (int64_t h = 0; h < Count; ++h) {
+    factor[h] = soften(score + h * kAttendStride, n, 0, n, state + h * stride, state + h * stride + 1);
+  }
+  mix_heads<Count>(score, values, n, width, factor, state + 2, stride);
+}
+
+template <class Stored>
+void attend_as(const float* q, const Stored* keys, const Stored* values, int64_t n, int64_t width,
+               int64_t heads, float* score, float* state, int64_t stride) {
+  int64_t h = 0;
+  for (; h + kAttendHeads <= heads; h += kAttendHeads) {
+    attend_heads<kAttendHeads>(q + h * width, keys, values, n, width, score, state + h * stride, stride);
+  }
+  for (; h < heads; ++h)
+    attend_heads<1>(q + h * width, keys, values, n, width, score, state + h * stride, stride);
+}
+
+void attend_group(const float* q, const void* keys, const void* values, DType dtype, int64_t n, int64_t width,
+                  int64_t heads, float* score, float* state, int64_t stride) {
   if (dtype == DType::f32) {
-    attend_as(q, static_cast<const float*>(keys), static_cast<const float*>(values), n, width, score, max,
-              sum, out);
+    attend_as(q, static_cast<const float*>(keys), static_cast<const float*>(values), n, width, heads, score,
+              state, stride);
   } else {
     using Half = uint16_t;
-    attend_as(q, static_cast<const Half*>(keys), static_cast<const Half*>(values), n, width, score, max, sum,
-              out);
+    attend_as(q, static_cast<const Half*>(keys), static_cast<const Half*>(values), n, width, heads, score,
+              state, stride);
   }
 }
 
 }  // namespace
 
 void fill_attend(Kernels& kernels) {
-  kernels.attend_one = attend_one;
+  kernels.attend_group = attend_group;
   kernels.soften = soften;
   kernels.scale = scale;
 }

@@ -16,6 +16,7 @@ constexpr int64_t kChunk = CpuKvCache::kChunk;
 constexpr int64_t kSegment = 4 * kChunk;  // positions of one unit of work when decoding
 constexpr int64_t kQueries = 64;          // rows of one unit of work in a prompt
 constexpr int64_t kFewRows = 8;           // below: one query at a time
+static_assert(kChunk <= kAttendStride);
 constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 int64_t first_key(int64_t position, int64_t window) {
@@ -103,19 +104,16 @@ void Attention::few_rows(Mat q, const CpuKvCache& cache, int64_t layer, int64_t 
     }
     for (int64_t j = begin; j < end;) {
       const int64_t chunk = j / kChunk, n = std::min(end, (chunk + 1) * kChunk) - j;
-      for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-        float* state = part(t, h, s);
-        kernels_.attend_one(q.row(t) + h * width, cache.keys(layer, chunk, g, j % kChunk),
-                            cache.values(layer, chunk, g, j % kChunk), shape.dtype, n, width, score, state,
-                            state + 1, state + 2);
-      }
+      kernels_.attend_group(q.row(t) + g * group * width, cache.keys(layer, chunk, g, j % kChunk),
+                            cache.values(layer, chunk, g, j % kChunk), shape.dtype, n, width, group, score,
+                            part(t, g * group, s), segments * stride);
       j += n;
     }
   };
   std::atomic<int64_t> next{0};
   const auto run_units = [&](int thread) {
     std::vector<float>& scratch = scratch_[static_cast<size_t>(thread)];
-    if (scratch.size() < kChunk + 64) scratch.resize(kChunk + 64);
+    if (scratch.size() < kAttendScore) scratch.resize(kAttendScore);
     for (int64_t i = next.fetch_add(1); i < units; i = next.fetch_add(1)) work(i, scratch.data());
   };
   // Below some 32 K multiply-adds a second thread costs more than it brings.

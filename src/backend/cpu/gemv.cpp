@@ -20,9 +20,14 @@ namespace {
 constexpr int64_t kChannels = 8;    // weight streams read side by side
 constexpr int64_t kOutputs = 4096;  // accumulators per pass: 16 KiB
 
-/// acc[j] += Σ_c value[c] · w_c[j], for one Pair of outputs per step, channels in order.
+/// acc[j] += Σ_c value[c] · w_c[j], for one Pair of outputs per step, channels in order. Meanwhile `next`,
+/// the channels of the following call, are fetched into the second-level cache: the hardware cannot guess
+/// where a kept channel begins. On Zen 4, one thread, bf16 8192 → 2048: 85 % of the read bandwidth without,
+/// 97 % so; fetching into the first level, which has few line buffers, is slower than not fetching. 4 or 16
+/// channels side by side are slower than 8.
 template <class Format, int64_t Count>
-HWY_INLINE void add_channels(const typename Format::Stored* const* w, const float* value, int64_t n,
+HWY_INLINE void add_channels(const typename Format::Stored* const* w,
+                             const typename Format::Stored* const* next, const float* value, int64_t n,
                              float* acc) {
   const FloatTag d;
   const int64_t step = 2 * lanes();
@@ -30,6 +35,7 @@ HWY_INLINE void add_channels(const typename Format::Stored* const* w, const floa
   for (; j + step <= n; j += step) {
     Floats a = hn::Load(d, acc + j), b = hn::Load(d, acc + j + lanes());
     for (int64_t c = 0; c < Count; ++c) {
+      __builtin_prefetch(next[c] + j, 0, 2);
       const Pair p = Format::load(w[c] + j);
       const Floats x = hn::Set(d, value[c]);
       a = hn::MulAdd(x, p.a, a);
@@ -83,16 +89,18 @@ void channels_as(const Weight& weight, const int32_t* index, const float* value,
   for (int64_t first = begin; first < end; first += width) {
     const int64_t n = std::min(width, end - first);
     std::fill_n(acc, (n + 2 * lanes() - 1) / (2 * lanes()) * 2 * lanes(), 0.0f);
-    const Stored* row[kChannels];
+    const Stored *row[kChannels], *next[kChannels];
     const auto channel = [&](int64_t c) { return w + (index ? index[c] : c) * weight.out + first; };
     int64_t c = 0;
+    for (int64_t s = 0; s < kChannels && s < count; ++s) next[s] = channel(s);
     for (; c + kChannels <= count; c += kChannels) {
-      for (int64_t s = 0; s < kChannels; ++s) row[s] = channel(c + s);
-      add_channels<Format, kChannels>(row, value + c, n, acc);
+      for (int64_t s = 0; s < kChannels; ++s) row[s] = next[s];
+      for (int64_t s = 0; s < kChannels; ++s) next[s] = channel(std::min(c + kChannels + s, count - 1));
+      add_channels<Format, kChannels>(row, next, value + c, n, acc);
     }
     for (; c < count; ++c) {
       row[0] = channel(c);
-      add_channels<Format, 1>(row, value + c, n, acc);
+      add_channels<Format, 1>(row, row, value + c, n, acc);
     }
     finish<Format>(acc, weight.bias ? weight.bias + first : nullptr, accumulate, n, y + first);
   }
@@ -123,31 +131,27 @@ void pack_input(const float* x, DType dtype, int64_t n, float* packed) {
   }
 }
 
-/// Count rows against x; every row has its own two accumulators, so the grouping changes no bit.
-template <class Format, int64_t Count>
-HWY_INLINE void dot_rows(const typename Format::Stored* w, int64_t n, const float* x, float* out) {
+/// One row against x. Row after row is one stream of memory: 99 % of the read bandwidth, where four rows side
+/// by side reach 70 %. Two steps at a time keep four multiply-adds in flight.
+template <class Format>
+HWY_INLINE float dot_row(const typename Format::Stored* w, int64_t n, const float* x) {
   const FloatTag d;
   const int64_t step = 2 * lanes();
-  Floats a[Count], b[Count];
-  for (int64_t r = 0; r < Count; ++r) a[r] = b[r] = hn::Zero(d);
+  Floats a = hn::Zero(d), b = hn::Zero(d), c = hn::Zero(d), e = hn::Zero(d);
   int64_t i = 0;
-  for (; i + step <= n; i += step) {
-    const Floats u = hn::LoadU(d, x + i), v = hn::LoadU(d, x + i + lanes());
-    for (int64_t r = 0; r < Count; ++r) {
-      const Pair p = Format::load(w + r * n + i);
-      a[r] = hn::MulAdd(u, p.a, a[r]);
-      b[r] = hn::MulAdd(v, p.b, b[r]);
-    }
+  for (; i + 2 * step <= n; i += 2 * step) {
+    const Pair p = Format::load(w + i), q = Format::load(w + i + step);
+    a = hn::MulAdd(hn::LoadU(d, x + i), p.a, a);
+    b = hn::MulAdd(hn::LoadU(d, x + i + lanes()), p.b, b);
+    c = hn::MulAdd(hn::LoadU(d, x + i + step), q.a, c);
+    e = hn::MulAdd(hn::LoadU(d, x + i + step + lanes()), q.b, e);
   }
-  if (i < n) {
-    const Floats u = hn::LoadU(d, x + i), v = hn::LoadU(d, x + i + lanes());
-    for (int64_t r = 0; r < Count; ++r) {
-      const Pair p = load_tail<Format>(w + r * n + i, n - i);
-      a[r] = hn::MulAdd(u, p.a, a[r]);
-      b[r] = hn::MulAdd(v, p.b, b[r]);
-    }
+  for (; i < n; i += step) {
+    const Pair p = i + step <= n ? Format::load(w + i) : load_tail<Format>(w + i, n - i);
+    a = hn::MulAdd(hn::LoadU(d, x + i), p.a, a);
+    b = hn::MulAdd(hn::LoadU(d, x + i + lanes()), p.b, b);
   }
-  for (int64_t r = 0; r < Count; ++r) out[r] = hn::GetLane(hn::SumOfLanes(d, hn::Add(a[r], b[r])));
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(a, b), hn::Add(c, e))));
 }
 
 void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t end, bool accumulate,
@@ -155,20 +159,10 @@ void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t
   with_format(weight.dtype, [&](auto format) HWY_ATTR {
     using Format = decltype(format);
     const auto* w = static_cast<const typename Format::Stored*>(weight.data);
-    constexpr int64_t kRows = 4;
-    float dot[kRows];
-    for (int64_t j = begin; j < end;) {
-      const int64_t count = end - j >= kRows ? kRows : 1;
-      if (count == kRows) {
-        dot_rows<Format, kRows>(w + j * weight.in, weight.in, packed, dot);
-      } else {
-        dot_rows<Format, 1>(w + j * weight.in, weight.in, packed, dot);
-      }
-      for (int64_t r = 0; r < count; ++r, ++j) {
-        float v = dot[r];
-        if (weight.bias) v += weight.bias[j];
-        y[j] = accumulate ? v + y[j] : v;
-      }
+    for (int64_t j = begin; j < end; ++j) {
+      float v = dot_row<Format>(w + j * weight.in, weight.in, packed);
+      if (weight.bias) v += weight.bias[j];
+      y[j] = accumulate ? v + y[j] : v;
     }
   });
 }

@@ -16,6 +16,11 @@ struct Cut {
   int64_t ties = 0;
 };
 
+/// Heads that attend_group takes side by side, and its room for their scores.
+constexpr int64_t kAttendHeads = 4;
+constexpr int64_t kAttendStride = 256;
+constexpr int64_t kAttendScore = kAttendHeads * kAttendStride;
+
 struct Kernels {
   // -- embed: storage ↔ float32 -------------------------------------------------------------------------
   /// to[i] = from[i] widened.                                       n elements of `dtype`
@@ -56,10 +61,11 @@ struct Kernels {
   void (*rope)(const float* cosine, const float* sine, int64_t half, float* head);
 
   // -- attend -------------------------------------------------------------------------------------------
-  /// One query head against keys and values [0, n) (stored (n, E)): folds them into the running maximum, sum
-  /// and weighted mean (E) of the values. `score`: room for n + 64.
-  void (*attend_one)(const float* q, const void* keys, const void* values, DType dtype, int64_t n,
-                     int64_t width, float* score, float* max, float* sum, float* out);
+  /// The query heads (heads, E) that share keys and values [0, n) (stored (n, E)), n ≤ kAttendStride: folds
+  /// these into every head's state (running maximum, sum, weighted mean of the values (E)), `stride` floats
+  /// apart. `score`: room for kAttendScore.
+  void (*attend_group)(const float* q, const void* keys, const void* values, DType dtype, int64_t n,
+                       int64_t width, int64_t heads, float* score, float* state, int64_t stride);
   /// One row of scores [0, n) becomes e^(score − max) for [begin, end) and zero elsewhere. Returns by how
   /// much the results so far must be scaled.
   float (*soften)(float* score, int64_t n, int64_t begin, int64_t end, float* max, float* sum);

@@ -70,14 +70,16 @@ int64_t narrow_to(const int32_t* from, int64_t n, int32_t low, int32_t high, int
   return kept;
 }
 
-Cut find_cut(const int32_t* keys, int64_t n, int64_t keep, int32_t* work) {
-  // Always: at least `keep` keys are ≥ low, fewer than `keep` are ≥ high; `more` of them are. The set
-  // [active, +n) holds every key of [low, high); zeros count as below every bound.
-  int64_t low = 0, high = int64_t{largest(keys, n)} + 1, more = 0, set = n, from_low = n;
+/// Bisection for the cut. The first two probes are `probe`, where these lie between the bounds.
+Cut bisect(const int32_t* keys, int64_t n, int64_t keep, const int64_t (&probe)[2], int32_t* work) {
+  // Always: from_low ≥ keep keys are ≥ low, more < keep keys are ≥ high. The set [active, +set) holds every
+  // key of [low, high); `dropped` keys ≥ high are no longer in it. Zeros of a vector's tail count as below
+  // every bound.
+  int64_t low = 0, high = int64_t{largest(keys, n)} + 1, more = 0, from_low = n, set = n, dropped = 0;
   const int32_t* active = keys;
-  int64_t dropped = 0;  // keys ≥ high that are no longer in the set
-  while (high - low > 1) {
-    const int64_t middle = low + (high - low) / 2;
+  for (int step = 0; high - low > 1; ++step) {
+    int64_t middle = low + (high - low) / 2;
+    if (step < 2 && probe[step] > low && probe[step] < high) middle = probe[step];
     const int64_t count = dropped + count_from(active, set, static_cast<int32_t>(middle));
     if (count >= keep) {
       low = middle;
@@ -93,6 +95,22 @@ Cut find_cut(const int32_t* keys, int64_t n, int64_t keep, int32_t* work) {
     }
   }
   return {static_cast<int32_t>(low), keep - more};
+}
+
+Cut find_cut(const int32_t* keys, int64_t n, int64_t keep, int32_t* work) {
+  constexpr int64_t kSample = 256, kQuarter = 1 << 21;  // key distance of a quarter of an octave
+  int64_t probe[2] = {0, 0};
+  if (n >= 8 * kSample) {
+    // A quantile of 256 entries errs by 3 %: a quarter of an octave on either side holds the cut nearly
+    // always, and a fifth of the row. A wrong guess costs two passes.
+    HWY_ALIGN int32_t sample[kSample];
+    for (int64_t i = 0; i < kSample; ++i) sample[i] = keys[i * n / kSample];
+    const int64_t rank = HWY_MAX(int64_t{1}, keep * kSample / n);
+    const int64_t guess = bisect(sample, kSample, rank, probe, work).key;
+    probe[0] = guess - kQuarter;
+    probe[1] = guess + kQuarter;
+  }
+  return bisect(keys, n, keep, probe, work);
 }
 
 /// Which lanes of v are kept; takes the first `ties` of those that equal the cut.
