@@ -20,8 +20,8 @@ struct Command {
 
 constexpr std::array kCommands = {
     Command{"sparsify", "Make a model that reads only the weights that matter for each token",
-            "larosa sparsify models/demo-7m -o demo-50 --sparsity 0.5 --calib text/demo.calib.txt", setup_sparsify},
-    Command{"run", "Continue a text", "larosa run demo-50 -p \"It was a dark night\" -n 64", setup_run},
+            "larosa sparsify models/demo-7m -o demo-50 --sparsity 0.5 --calib text/demo.calib.txt",
+            setup_sparsify},
     Command{"perplexity", "Measure how well a model predicts a text",
             "larosa perplexity demo-50 -f text/demo.valid.txt --against models/demo-7m", setup_perplexity},
 };
@@ -37,8 +37,10 @@ void print_bash_completion(const CLI::App& app) {
     cases += "    " + sub->get_name() + ") words=\"" + flags.substr(flags.empty() ? 0 : 1) + "\" ;;\n";
   }
   std::printf(
-      "_larosa() {\n  local words=\"%s\" current=\"${COMP_WORDS[COMP_CWORD]}\"\n  case \"${COMP_WORDS[1]}\" in\n%s  esac\n"
-      "  [[ $COMP_CWORD -gt 1 && $current != -* ]] && return\n  COMPREPLY=($(compgen -W \"$words\" -- \"$current\"))\n}\n"
+      "_larosa() {\n  local words=\"%s\" current=\"${COMP_WORDS[COMP_CWORD]}\"\n  case \"${COMP_WORDS[1]}\" "
+      "in\n%s  esac\n"
+      "  [[ $COMP_CWORD -gt 1 && $current != -* ]] && return\n  COMPREPLY=($(compgen -W \"$words\" -- "
+      "\"$current\"))\n}\n"
       "complete -o default -F _larosa larosa\n",
       commands.c_str(), cases.c_str());
 }
@@ -54,7 +56,8 @@ int main_checked(int argc, char** argv) {
     const auto run = command.setup(*sub);
     sub->callback([run, &code] { code = run(); });
   }
-  CLI::App* completion = app.add_subcommand("completion", "Print a completion script: source <(larosa completion)");
+  CLI::App* completion =
+      app.add_subcommand("completion", "Print a completion script: source <(larosa completion)");
   completion->callback([&app] { print_bash_completion(app); });
   try {
     app.parse(argc, argv);

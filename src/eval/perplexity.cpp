@@ -1,0 +1,199 @@
+#include "eval/perplexity.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+
+#include "base/error.h"
+#include "base/thread_pool.h"
+#include "model/decoder.h"
+
+namespace larosa {
+namespace {
+
+constexpr std::array kProtocols = {
+    Protocol{"raw", nullptr, false, false, false, 0, 0},
+    Protocol{"larosa", "\n\n", true, true, false, 0, 2048},
+    Protocol{"hf", "\n\n", false, false, false, 0, 0},
+    Protocol{"llama.cpp", nullptr, false, false, true, 0.5, 512},
+};
+
+/// What one prediction contributes.
+struct Score {
+  double nll = 0, reference_nll = 0, kl = 0;
+  bool same_top = false;
+};
+
+/// Sums in the order of the text, so that the result does not depend on the threads.
+struct Sums {
+  double sum = 0, squares = 0;
+  int64_t count = 0;
+  void add(double x) {
+    sum += x;
+    squares += x * x;
+    ++count;
+  }
+  Mean mean() const {
+    const double n = static_cast<double>(count), value = sum / n;
+    const double variance = count > 1 ? std::max(0.0, squares / n - value * value) / (n - 1) : 0;
+    return {value, std::sqrt(variance)};
+  }
+};
+
+class Scorer {
+ public:
+  Scorer(const Model& model, Backend& backend, int64_t context)
+      : model_(model),
+        backend_(backend),
+        decoder_(model.config, backend),
+        context_(context),
+        hidden_(static_cast<size_t>(context * model.config.dim)),
+        logits_(static_cast<size_t>(block_rows() * model.config.vocab)) {}
+
+  /// Rows whose logits are held at once: a vocabulary of 128 k stays below 128 MiB.
+  int64_t block_rows() const {
+    return std::clamp<int64_t>((int64_t{1} << 25) / model_.config.vocab, 16, 256);
+  }
+
+  void run_window(std::span<const int32_t> tokens, int64_t dense_rows) {
+    const ModelConfig& c = model_.config;
+    const auto cache = backend_.make_kv_cache({c.layers, c.kv_heads, c.head_dim, context_, DType::f32});
+    const Mat hidden(hidden_.data(), context_, c.dim);
+    const auto first = static_cast<size_t>(dense_rows);
+    if (first > 0) decoder_.forward(model_, tokens.first(first), *cache, 0, Pass{true, nullptr}, hidden);
+    decoder_.forward(model_, tokens.subspan(first), *cache, dense_rows, Pass{},
+                     hidden.slice(dense_rows, context_ - dense_rows));
+  }
+
+  /// Log-probabilities after rows [first, first + count) of the window.
+  Mat log_probabilities(int64_t first, int64_t count) {
+    const Mat logits(logits_.data(), count, model_.config.vocab);
+    decoder_.logits(model_, Mat(hidden_.data(), context_, model_.config.dim).slice(first, count), logits);
+    backend_.log_softmax(logits);
+    return logits;
+  }
+
+ private:
+  const Model& model_;
+  Backend& backend_;
+  Decoder decoder_;
+  int64_t context_;
+  std::vector<float> hidden_, logits_;
+};
+
+Score score_row(const float* p, const float* reference, int64_t vocab, int32_t target) {
+  Score score;
+  score.nll = -static_cast<double>(p[target]);
+  if (!reference) return score;
+  score.reference_nll = -static_cast<double>(reference[target]);
+  int64_t top = 0, reference_top = 0;
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (p[i] > p[top]) top = i;
+    if (reference[i] > reference[reference_top]) reference_top = i;
+    score.kl += static_cast<double>(std::exp(reference[i]) * (reference[i] - p[i]));
+  }
+  score.same_top = top == reference_top;
+  return score;
+}
+
+/// The sums over all predictions and the results they give.
+struct Totals {
+  Sums nll, reference_nll, kl, top;
+
+  void add(const Score& s, bool compared) {
+    nll.add(s.nll);
+    if (!compared) return;
+    reference_nll.add(s.reference_nll);
+    kl.add(s.kl);
+    top.add(s.same_top ? 1 : 0);
+  }
+  void report(PerplexityResult& result, bool compared) const {
+    result.predictions = nll.count;
+    result.nll = nll.mean();
+    if (!compared) return;
+    result.reference_nll = reference_nll.mean();
+    result.kl = kl.mean();
+    result.same_top = top.mean().value;
+  }
+};
+
+}  // namespace
+
+const Protocol& find_protocol(const std::string& name) {
+  std::string known;
+  for (const Protocol& protocol : kProtocols) {
+    if (name == protocol.name) return protocol;
+    known += (known.empty() ? "" : ", ") + std::string(protocol.name);
+  }
+  fail("--protocol ", name, ": unknown, expected one of: ", known);
+}
+
+std::vector<int32_t> protocol_tokens(const Protocol& protocol, const Tokenizer& tokenizer,
+                                     const std::string& text) {
+  if (!protocol.line_end) return tokenizer.encode(text, protocol.leading_special);
+  std::string joined;
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = std::min(text.find('\n', begin), text.size());
+    joined.append(text, begin, end - begin);
+    begin = end + 1;
+    if (begin < text.size() || protocol.ends_lines) joined += protocol.line_end;
+  }
+  return tokenizer.encode(joined, protocol.leading_special);
+}
+
+Mean perplexity_of(const Mean& nll) {
+  const double value = std::exp(nll.value);
+  return {value, value * nll.error};
+}
+
+PerplexityResult perplexity(const Model& model, const Model* reference, Backend& backend, ThreadPool& pool,
+                            std::span<const int32_t> tokens, const PerplexityOptions& options,
+                            const std::function<void(const PerplexityResult&, int64_t)>& seen) {
+  const int64_t context = options.context, vocab = model.config.vocab;
+  int64_t windows = static_cast<int64_t>(tokens.size()) / context;
+  if (windows < 1) fail("the text has ", tokens.size(), " tokens, one window needs ", context);
+  if (options.most_windows > 0) windows = std::min(windows, options.most_windows);
+  if (reference && reference->config.vocab != vocab) {
+    fail("--against: its vocabulary has ", reference->config.vocab, " tokens, the model's ", vocab);
+  }
+  for (int32_t id : tokens) {
+    if (id < 0 || id >= vocab) fail("token id ", id, " is outside the model's vocabulary of ", vocab);
+  }
+  const auto dense_rows = static_cast<int64_t>(options.dense_prompt * static_cast<double>(context));
+  const int64_t skipped =
+      std::max(dense_rows, static_cast<int64_t>(options.skipped_share * static_cast<double>(context)));
+  Scorer scorer(model, backend, context);
+  std::unique_ptr<Scorer> other;
+  if (reference) other = std::make_unique<Scorer>(*reference, backend, context);
+
+  PerplexityResult result;
+  Totals totals;
+  const auto start = std::chrono::steady_clock::now();
+  for (int64_t w = 0; w < windows; ++w) {
+    std::vector<int32_t> window(tokens.begin() + w * context, tokens.begin() + (w + 1) * context);
+    if (options.bos >= 0) window[0] = options.bos;
+    scorer.run_window(window, dense_rows);
+    if (other) other->run_window(window, 0);
+    for (int64_t first = skipped; first + 1 < context; first += scorer.block_rows()) {
+      const int64_t count = std::min(scorer.block_rows(), context - 1 - first);
+      const Mat p = scorer.log_probabilities(first, count);
+      const Mat q = other ? other->log_probabilities(first, count) : Mat();
+      std::vector<Score> scores(static_cast<size_t>(count));
+      pool.split(count, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          const int32_t target = window[static_cast<size_t>(first + t + 1)];
+          scores[static_cast<size_t>(t)] = score_row(p.row(t), other ? q.row(t) : nullptr, vocab, target);
+        }
+      });
+      for (const Score& s : scores) totals.add(s, reference != nullptr);
+    }
+    result.windows = w + 1;
+    totals.report(result, reference != nullptr);
+    result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    seen(result, windows);
+  }
+  return result;
+}
+
+}  // namespace larosa

@@ -1,0 +1,71 @@
+// How well a model predicts a text, and how far it is from another model.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "model/model.h"
+#include "text/tokenizer.h"
+
+namespace larosa {
+
+class ThreadPool;
+
+/// How a text becomes windows and which predictions count.
+/// raw: the text as it is, no BOS, consecutive windows, every prediction.
+/// larosa: every line followed by two line ends, the tokenizer's BOS once (released LaRoSA evaluation
+/// script). hf: lines joined by two line ends, no BOS, every prediction (fixed-length windows without
+/// overlap). llama.cpp: windows start with BOS in place of their first token; only the second half's
+/// predictions count.
+struct Protocol {
+  const char* name;
+  const char* line_end;  // what stands between (or behind) the lines; null: the text as it is
+  bool ends_lines;       // also behind the last line
+  bool leading_special;  // what the tokenizer adds stands once at the start
+  bool window_bos;       // every window's first token becomes BOS
+  double skipped_share;  // share of each window whose predictions do not count
+  int64_t context;       // default window, 0: the model's
+};
+/// Throws Error listing the known names.
+const Protocol& find_protocol(const std::string& name);
+/// The ids of `text` under a protocol.
+std::vector<int32_t> protocol_tokens(const Protocol& protocol, const Tokenizer& tokenizer,
+                                     const std::string& text);
+
+struct PerplexityOptions {
+  int64_t context = 0;       // tokens per window
+  double skipped_share = 0;  // Protocol::skipped_share
+  int32_t bos = -1;          // replaces every window's first token when ≥ 0
+  double dense_prompt = 0;   // share of each window that runs dense and is not scored
+  int64_t most_windows = 0;  // 0: all
+};
+
+/// Mean and standard error of a per-prediction quantity.
+struct Mean {
+  double value = 0, error = 0;
+};
+
+struct PerplexityResult {
+  int64_t windows = 0, predictions = 0;
+  Mean nll;             // of the model
+  Mean reference_nll;   // of the reference
+  Mean kl;              // Σ p_reference log(p_reference / p_model), nats
+  double same_top = 0;  // share of predictions whose most likely token is the reference's
+  double seconds = 0;
+};
+
+/// exp(nll) and its standard error by the first-order rule, as llama.cpp prints it.
+Mean perplexity_of(const Mean& nll);
+
+/// Scores `tokens` in consecutive windows; the incomplete last one is dropped. `reference` may be null.
+/// `seen` is called after every window with the running result. Throws Error when the text is shorter than
+/// one window.
+PerplexityResult perplexity(const Model& model, const Model* reference, Backend& backend, ThreadPool& pool,
+                            std::span<const int32_t> tokens, const PerplexityOptions& options,
+                            const std::function<void(const PerplexityResult&, int64_t windows)>& seen);
+
+}  // namespace larosa

@@ -1,0 +1,128 @@
+// larosa perplexity: the quality of a model on a text, alone or against another model.
+#include "eval/perplexity.h"
+
+#include <cstdio>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+
+#include "base/error.h"
+#include "base/progress.h"
+#include "command.h"
+
+namespace larosa {
+namespace {
+
+struct Flags {
+  std::string model, file, against, protocol = "raw";
+  int64_t context = 0, chunks = 0;
+  double dense_prompt = 0;
+  bool check_tensors = false, json = false;
+  MachineOptions machine;
+};
+
+void print_text(const Flags& f, const PerplexityOptions& options, const PerplexityResult& r,
+                const Backend& backend) {
+  const Mean ppl = perplexity_of(r.nll);
+  std::printf(
+      "protocol %s, context %ld, %ld windows, %ld predictions, products %s, dense prompt %g, %.0f tokens/s\n",
+      f.protocol.c_str(), static_cast<long>(options.context), static_cast<long>(r.windows),
+      static_cast<long>(r.predictions), backend.products_name().c_str(), options.dense_prompt,
+      static_cast<double>(r.windows * options.context) / r.seconds);
+  if (!f.against.empty()) {
+    const Mean reference = perplexity_of(r.reference_nll);
+    std::printf("reference %s: PPL = %.4f +/- %.4f\n", f.against.c_str(), reference.value, reference.error);
+    std::printf("delta PPL = %+.4f (%+.2f %%)\n", ppl.value - reference.value,
+                100 * (ppl.value / reference.value - 1));
+    std::printf("KL divergence = %.6f +/- %.6f\n", r.kl.value, r.kl.error);
+    std::printf("same top token = %.2f %%\n", 100 * r.same_top);
+  }
+  std::printf("PPL = %.4f +/- %.4f\n", ppl.value, ppl.error);
+}
+
+void print_json(const Flags& f, const PerplexityOptions& options, const PerplexityResult& r,
+                const Backend& backend) {
+  const Mean ppl = perplexity_of(r.nll);
+  nlohmann::ordered_json j = {{"model", f.model},
+                              {"protocol", f.protocol},
+                              {"context", options.context},
+                              {"windows", r.windows},
+                              {"predictions", r.predictions},
+                              {"products", backend.products_name()},
+                              {"dense_prompt", options.dense_prompt},
+                              {"seconds", r.seconds},
+                              {"ppl", ppl.value},
+                              {"ppl_error", ppl.error},
+                              {"nll", r.nll.value}};
+  if (!f.against.empty()) {
+    j["against"] = f.against;
+    j["reference_ppl"] = perplexity_of(r.reference_nll).value;
+    j["kl"] = r.kl.value;
+    j["kl_error"] = r.kl.error;
+    j["same_top"] = r.same_top;
+  }
+  std::printf("%s\n", j.dump(2).c_str());
+}
+
+int run(const Flags& f) {
+  const Protocol& protocol = find_protocol(f.protocol);
+  const Model model = load_model(f.model);
+  std::optional<Model> reference;
+  if (!f.against.empty()) reference = load_model(f.against);
+  if (f.check_tensors) model.checkpoint->check_finite();
+  PerplexityOptions options;
+  const int64_t usual = protocol.context > 0 ? protocol.context : 2048;
+  options.context = f.context > 0 ? f.context : std::min(usual, model.config.context);
+  if (options.context < 2 || options.context > model.config.context) {
+    fail("-c ", options.context, ": expected 2 to the model's context of ", model.config.context);
+  }
+  if (!(f.dense_prompt >= 0 && f.dense_prompt < 1))
+    fail("--dense-prompt ", f.dense_prompt, ": expected a number in [0, 1)");
+  options.skipped_share = protocol.skipped_share;
+  options.dense_prompt = f.dense_prompt;
+  options.most_windows = f.chunks;
+  const std::string text = read_text(f.file);
+  if (text.empty()) fail(f.file, ": is empty");
+  const Tokenizer tokenizer = Tokenizer::load(f.model);
+  if (protocol.window_bos) options.bos = tokenizer.bos();
+  const auto tokens = protocol_tokens(protocol, tokenizer, text);
+  if (static_cast<int64_t>(tokens.size()) < options.context)
+    fail(f.file, ": ", tokens.size(), " tokens, one window needs ", options.context);
+  Machine machine = make_machine(f.machine);
+  std::fprintf(stderr, "%s\n", machine.backend->describe().c_str());
+  catch_interrupts();
+  std::optional<Progress> progress;
+  const auto result = perplexity(model, reference ? &*reference : nullptr, *machine.backend, *machine.pool,
+                                 tokens, options, [&](const PerplexityResult& r, int64_t windows) {
+                                   throw_if_interrupted();
+                                   if (!progress)
+                                     progress.emplace("perplexity", windows, !f.machine.no_progress);
+                                   char note[64];
+                                   std::snprintf(note, sizeof(note), "PPL %.4f", perplexity_of(r.nll).value);
+                                   progress->update(r.windows, note);
+                                 });
+  (f.json ? print_json : print_text)(f, options, result, *machine.backend);
+  return 0;
+}
+
+}  // namespace
+
+std::function<int()> setup_perplexity(CLI::App& app) {
+  auto f = std::make_shared<Flags>();
+  app.add_option("model,-m,--model", f->model, "Model directory")->required();
+  app.add_option("-f,--file", f->file, "Text (- for standard input)")->required();
+  app.add_option("--protocol", f->protocol, "raw, larosa, hf or llama.cpp")->capture_default_str();
+  app.add_option("-c,--ctx-size", f->context,
+                 "Tokens per window (default: the protocol's, at most the model's context)");
+  app.add_option("--chunks", f->chunks, "Score only the first windows")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+  app.add_option("--dense-prompt", f->dense_prompt, "Share of each window that runs dense and is not scored")
+      ->capture_default_str();
+  app.add_option("--against", f->against, "Reference model: also KL divergence and equal top tokens");
+  app.add_flag("--check-tensors", f->check_tensors, "Refuse tensors with NaN or infinity");
+  app.add_flag("--json", f->json, "Result as JSON");
+  f->machine.declare(app);
+  return [f] { return run(*f); };
+}
+
+}  // namespace larosa
