@@ -22,6 +22,7 @@ constexpr std::array kCommands = {
     Command{"sparsify", "Make a model that reads only the weights that matter for each token",
             "larosa sparsify models/demo-7m -o demo-50 --sparsity 0.5 --calib text/demo.calib.txt",
             setup_sparsify},
+    Command{"run", "Continue a text", "larosa run demo-50 -p \"It was a dark night\" -n 64", setup_run},
     Command{"perplexity", "Measure how well a model predicts a text",
             "larosa perplexity demo-50 -f text/demo.valid.txt --against models/demo-7m", setup_perplexity},
 };
