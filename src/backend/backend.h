@@ -66,8 +66,8 @@ class Backend {
   /// x[t] = table[tokens[t]].                                  table (V, D) rows; tokens (T); x (T, D)
   virtual void embed(const Weight& table, std::span<const int32_t> tokens, Mat x) = 0;
 
-  /// y[t,i] = x[t,i] / sqrt(mean_i x[t,i]² + eps) · gain[i].   x, y (T, D), may alias; gain (D) or null for ones
-  /// RMSNorm, arXiv 1910.07467 eq. 4.
+  /// y[t,i] = x[t,i] / sqrt(mean_i x[t,i]² + eps) · gain[i].   x, y (T, D), may alias; gain (D) or null for
+  /// ones RMSNorm, arXiv 1910.07467 eq. 4.
   virtual void rms_norm(Mat x, const float* gain, float eps, Mat y) = 0;
 
   /// For every product: y = x Wᵀ (+ bias) (+ y).               x (T, D); y (T, N); x aliases no y
@@ -95,14 +95,15 @@ class Backend {
   /// Number of kept entries, all rows together.
   virtual int64_t count(const Selection& kept) const = 0;
 
-  /// Rotary position embedding of positions pos … pos + T − 1 in place, halves paired (i, i + E/2), arXiv 2104.09864
-  /// eq. 34: angle = position · inv_freq[i].     q (T, H·E); k (T, G·E); inv_freq (E/2)
+  /// Rotary position embedding of positions pos … pos + T − 1 in place, halves paired (i, i + E/2), arXiv
+  /// 2104.09864 eq. 34: angle = position · inv_freq[i].     q (T, H·E); k (T, G·E); inv_freq (E/2)
   virtual void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) = 0;
 
   /// Appends k, v at positions pos … pos + T − 1 of `layer`, then causal attention of q over the cache:
   /// out[t,h] = Σ_j softmax_j(q[t,h]·k[j,g(h)] / √E) v[j,g(h)], j from max(0, p − window + 1) to p = pos + t
   /// (window 0: from 0), g(h) = h / (H/G).         q, out (T, H·E); k, v (T, G·E); pos + T ≤ capacity
-  virtual void attend(Mat q, Mat k, Mat v, KvCache& cache, int64_t layer, int64_t pos, int64_t window, Mat out) = 0;
+  virtual void attend(Mat q, Mat k, Mat v, KvCache& cache, int64_t layer, int64_t pos, int64_t window,
+                      Mat out) = 0;
 
   /// mid = SiLU(gate) · up, SiLU(z) = z / (1 + e^−z).          all (T, D); mid may alias gate or up
   virtual void glu(Mat gate, Mat up, Mat mid) = 0;
@@ -118,8 +119,9 @@ struct CpuOptions {
   Products products = Products::f32;  // arithmetic of dense products over many rows
 };
 
-/// The fast CPU backend: Highway kernels with run-time dispatch, oneDNN for many rows. The environment variable
-/// LAROSA_ISA (portable, avx2, avx512) forces an instruction set; an unknown or unsupported one throws Error.
+/// The fast CPU backend: Highway kernels with run-time dispatch, oneDNN for many rows. The environment
+/// variable LAROSA_ISA (portable, avx2, avx512) forces an instruction set; an unknown or unsupported one
+/// throws Error.
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options, ThreadPool& pool);
 
 }  // namespace larosa
