@@ -77,11 +77,12 @@ class Backend {
   virtual void rotate(Mat x, const Weight& basis, Mat y) = 0;
 
   /// Keeps, in every row, the `keep` entries of largest |x[t,i]|·scale[i]; among equals the lower index.
-  /// Exactly keep entries, whatever the values; a NaN counts as largest.   x (T, D); scale (D) or null
+  /// Exactly keep entries, whatever the values; a NaN counts as largest.   x (T, D); scale (D) ≥ 0 or null;
+  /// 0 ≤ keep ≤ D
   /// LaRoSA, arXiv 2507.01299 §4.2; scale: WINA, arXiv 2505.19427 eq. 4.
   virtual void topk(Mat x, const float* scale, int64_t keep, Selection& kept) = 0;
 
-  /// Keeps the entries with |x[t,i]|·scale[i] > cut.            x (T, D); scale (D) or null
+  /// Keeps the entries with |x[t,i]|·scale[i] > cut, and NaN.   x (T, D); scale (D) ≥ 0 or null
   /// TEAL, arXiv 2408.14690 eq. 1.
   virtual void threshold(Mat x, const float* scale, float cut, Selection& kept) = 0;
 
@@ -101,7 +102,7 @@ class Backend {
 
   /// Appends k, v at positions pos … pos + T − 1 of `layer`, then causal attention of q over the cache:
   /// out[t,h] = Σ_j softmax_j(q[t,h]·k[j,g(h)] / √E) v[j,g(h)], j from max(0, p − window + 1) to p = pos + t
-  /// (window 0: from 0), g(h) = h / (H/G).         q, out (T, H·E); k, v (T, G·E); pos + T ≤ capacity
+  /// (window 0: from 0), g(h) = h / (H/G).   q, out (T, H·E), no alias; k, v (T, G·E); pos + T ≤ capacity
   virtual void attend(Mat q, Mat k, Mat v, KvCache& cache, int64_t layer, int64_t pos, int64_t window,
                       Mat out) = 0;
 
