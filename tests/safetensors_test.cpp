@@ -1,6 +1,9 @@
 // Files that lie: every damage is one Error that names file and field, and nothing is read outside of a file.
 #include "io/safetensors.h"
 
+#include <sys/resource.h>
+
+#include <csignal>
 #include <cstring>
 #include <random>
 
@@ -211,6 +214,25 @@ TEST_F(Safetensors, FullDiskIsAnError) {
   if (!std::filesystem::exists("/dev/full")) GTEST_SKIP() << "this system has no /dev/full";
   expect_words(message_of([&] { SafetensorsWriter("/dev/full", {}, {}); }), {"/dev/full", "No space left"});
   EXPECT_TRUE(std::filesystem::exists("/dev/full"));
+}
+
+/// A limit on file sizes stands in for a disk that fills up after the header was written.
+TEST_F(Safetensors, FullDiskLeavesNothingBehind) {
+  const std::string path = dir_ / "m.safetensors";
+  const std::vector<float> values(1 << 16, 1.0f);
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+  const rlimit small{1 << 16, before.rlim_max};
+  std::signal(SIGXFSZ, SIG_IGN);
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &small), 0);
+  const std::string message = message_of([&] {
+    SafetensorsWriter writer(path, {{"a", DType::f32, {1 << 16}}}, {});
+    EXPECT_TRUE(std::filesystem::exists(path));
+    writer.write("a", 0, values.data(), 4 << 16);
+  });
+  ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &before), 0);
+  expect_words(message, {path, "cannot write", "File too large"});
+  EXPECT_FALSE(std::filesystem::exists(path));
 }
 
 /// Any bytes: loads or throws Error, nothing else.

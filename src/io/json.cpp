@@ -31,9 +31,11 @@ json parse_json(std::string_view text, const std::string& source, int max_depth)
   }
 }
 
-json read_json(const std::string& path, int max_depth) {
+json read_json(const std::string& path, int64_t max_bytes, int max_depth) {
   const MappedFile file(path);
   if (file.size() == 0) fail(path, ": file is empty");
+  if (file.size() > max_bytes)
+    fail(path, ": file has ", file.size(), " bytes, over the limit of ", max_bytes);
   return parse_json({reinterpret_cast<const char*>(file.data()), static_cast<size_t>(file.size())}, path,
                     max_depth);
 }

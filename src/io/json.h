@@ -14,8 +14,8 @@ namespace larosa {
 /// Parses `text`; `source` is its name in messages. Throws Error for malformed JSON, a key that occurs twice
 /// in one object, and nesting deeper than `max_depth`.
 nlohmann::json parse_json(std::string_view text, const std::string& source, int max_depth = 64);
-/// The same for the file at `path`.
-nlohmann::json read_json(const std::string& path, int max_depth = 64);
+/// The same for the file at `path`, of at most `max_bytes`.
+nlohmann::json read_json(const std::string& path, int64_t max_bytes = int64_t{1} << 28, int max_depth = 64);
 
 /// A value as it stands in the file, cut to fit a one-line message.
 std::string shown(const nlohmann::json& value);

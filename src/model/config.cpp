@@ -18,6 +18,7 @@ namespace {
 // Far above every known model, and low enough that products of two stay far from 2^63.
 constexpr int64_t kMaxLayers = 1024, kMaxHeads = 4096, kMaxHeadDim = 4096, kMaxDim = int64_t{1} << 20,
                   kMaxFfn = int64_t{1} << 22, kMaxVocab = int64_t{1} << 24, kMaxContext = int64_t{1} << 31;
+constexpr int64_t kMaxFile = int64_t{1} << 22;  // bytes of a config.json
 
 /// Fields that would change the arithmetic, with the value at which they do not. Anything else is refused.
 struct Neutral {
@@ -218,11 +219,11 @@ ModelConfig parse_config(const json& root, const std::string& source) {
 ModelConfig load_config(const std::string& dir) {
   const std::filesystem::path base(dir);
   const std::string path = (base / "config.json").string();
-  ModelConfig config = parse_config(read_json(path), path);
+  ModelConfig config = parse_config(read_json(path, kMaxFile), path);
   const std::string generation = (base / "generation_config.json").string();
   std::error_code ignored;
   if (std::filesystem::exists(generation, ignored)) {
-    const json root = read_json(generation);
+    const json root = read_json(generation, kMaxFile);
     add_ids(config.eos, read_ids(Fields(root, generation), "eos_token_id", std::nullopt, config.vocab));
   }
   return config;
