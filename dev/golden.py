@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-PROMPT, GREEDY, CANDIDATES, SAMPLED, SAFE_MARGIN = 40, 200, 16, 24, 0.01
+PROMPT, GREEDY, CANDIDATES, SAMPLED, SAFE_MARGIN = 40, 200, 48, 24, 0.01
 
 COMMON = dict(hidden_size=48, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
               vocab_size=128, max_position_embeddings=128, rms_norm_eps=1e-5, hidden_act="silu", bos_token_id=1,
