@@ -27,6 +27,8 @@ constexpr std::array kCommands = {
             "larosa perplexity demo-50 -f text/demo.valid.txt --against models/demo-7m", setup_perplexity},
     Command{"inspect", "Show what a model is and what a token costs", "larosa inspect demo-50",
             setup_inspect},
+    Command{"bench", "Time a model, or any shape with random weights",
+            "larosa bench --config config.json --random-weights --sparsity 0.25,0.5", setup_bench},
 };
 
 void print_bash_completion(const CLI::App& app) {

@@ -131,7 +131,7 @@ PlanShape plan_shape(const ModelConfig& config) {
   return shape;
 }
 
-TokenBytes token_bytes(const Model& model) {
+TokenBytes token_bytes(const Model& model, DType kv) {
   const ModelConfig& c = model.config;
   TokenBytes bytes;
   for (const Layer& layer : model.layers) {
@@ -153,7 +153,7 @@ TokenBytes token_bytes(const Model& model) {
   }
   bytes.outer += model.outer.head.bytes() + c.dim * dtype_size(model.outer.embed.dtype) +
                  (model.outer.norm_out ? c.dim * 4 : 0);
-  bytes.kv_per_position = c.layers * 2 * c.kv_dim() * 4;
+  bytes.kv_per_position = c.layers * 2 * c.kv_dim() * dtype_size(kv);
   return bytes;
 }
 

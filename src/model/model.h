@@ -55,7 +55,7 @@ struct TokenBytes {
   int64_t adapters = 0;
   int64_t thinning = 0;         // score weights and run-time bases
   int64_t outer = 0;            // head, norms, biases, one embedding row
-  int64_t kv_per_position = 0;  // keys and values of one earlier token, all layers, for a float32 cache
+  int64_t kv_per_position = 0;  // keys and values of one earlier token, all layers
 
   int64_t sparse(int64_t positions = 0) const {
     return projections + adapters + thinning + outer + positions * kv_per_position;
@@ -65,7 +65,8 @@ struct TokenBytes {
     return projections_dense + outer + positions * kv_per_position;
   }
 };
-TokenBytes token_bytes(const Model& model);
+/// `kv`: element type of the cache.
+TokenBytes token_bytes(const Model& model, DType kv = DType::f32);
 
 /// Bytes of all tensors that running the model may touch.
 int64_t model_bytes(const Model& model);

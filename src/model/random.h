@@ -1,0 +1,35 @@
+// Models of any shape with random weights: real sizes can be timed without downloads.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "base/thread_pool.h"
+#include "model/model.h"
+
+namespace larosa {
+
+struct RandomOptions {
+  DType dtype = DType::bf16;  // f32, f16 or bf16
+  uint64_t seed = 1;
+};
+
+/// A model of `config`'s shape in memory, projections in channels layout, read as `plan` says (its layers
+/// must fit the shape; adapters and score weights are made where it asks for them, run-time bases are not:
+/// Error). Values keep a vector's size about as it is, so that activations stay finite through any number of
+/// layers. Equal options give equal models, whatever the thread count. Takes parameter_count · dtype_size
+/// bytes and the adapters' more.
+Model make_random_model(const ModelConfig& config, const Plan& plan, const RandomOptions& options,
+                        ThreadPool& pool);
+
+/// Writes a Hugging Face directory of the shape that `config_file` (a config.json) describes: a copy of that
+/// file with torch_dtype set, safetensors shards of at most `shard_bytes` each (at least one tensor) with
+/// their index, and a byte-level tokenizer.json without merges. `dir` must not exist; it appears when it is
+/// complete. `progress(done, total)`, in bytes, may be empty; it may throw to stop. Throws Error for a
+/// refused config, a vocabulary too small for 256 bytes, or a full disk.
+void write_random_checkpoint(const std::string& config_file, const std::string& dir,
+                             const RandomOptions& options, int64_t shard_bytes, ThreadPool& pool,
+                             const std::function<void(int64_t done, int64_t total)>& progress);
+
+}  // namespace larosa
