@@ -6,16 +6,11 @@
 #include <cstdio>
 #include <cstdlib>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 
-namespace larosa {
+#include "larosa/error.h"
 
-/// The outside world is wrong. `what()` is one line that names the file and the field.
-class Error : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
+namespace larosa {
 
 /// Throws Error with the parts written one after another. Example: fail(path, ": rope_theta is ", value).
 template <class... Parts>

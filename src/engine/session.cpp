@@ -1,44 +1,141 @@
-#include "engine/session.h"
-
 #include <algorithm>
+#include <chrono>
 
 #include "base/error.h"
+#include "engine/engine_data.h"
+#include "engine/sampler.h"
+#include "model/decoder.h"
 
 namespace larosa {
 
-Session::Session(const Model& model, Backend& backend, int64_t context, DType kv)
-    : model_(model),
-      backend_(backend),
-      context_(context),
-      decoder_(model.config, backend),
-      hidden_(static_cast<size_t>(Decoder::kBatch * model.config.dim)),
-      logits_(static_cast<size_t>(model.config.vocab)) {
-  const ModelConfig& c = model.config;
-  if (context < 1 || context > c.context)
-    fail("-c ", context, ": expected 1 to the model's context of ", c.context);
-  cache_ = backend.make_kv_cache({c.layers, c.kv_heads, c.head_dim, context, kv});
+struct Session::Data {
+  Data(const Engine::Data& from, const SessionOptions& o)
+      : engine(from),
+        options(o),
+        decoder(from.model.config, *from.backend),
+        sampler(o.sampling),
+        hidden(static_cast<size_t>(Decoder::kBatch * from.model.config.dim)),
+        logits(static_cast<size_t>(from.model.config.vocab)) {
+    const ModelConfig& c = from.model.config;
+    context = o.context == 0 ? c.context : o.context;
+    if (context < 1 || context > c.context)
+      fail("-c ", context, ": expected 1 to the model's context of ", c.context);
+    cache = from.backend->make_kv_cache({c.layers, c.kv_heads, c.head_dim, context, kv_dtype(o.kv)});
+  }
+
+  /// Runs all tokens that have not been through the model yet: a prompt's, or the one drawn last.
+  void evaluate(bool dense) {
+    const Model& model = engine.model;
+    int64_t rows = 0;
+    while (evaluated < tokens.size()) {
+      rows = std::min(Decoder::kBatch, static_cast<int64_t>(tokens.size() - evaluated));
+      const auto part = std::span<const int32_t>(tokens).subspan(evaluated, static_cast<size_t>(rows));
+      const Mat h(hidden.data(), rows, model.config.dim);
+      decoder.forward(model, part, *cache, static_cast<int64_t>(evaluated), Pass{dense, nullptr}, h);
+      evaluated += part.size();
+    }
+    if (rows > 0) {
+      decoder.logits(model, Mat(hidden.data(), rows, model.config.dim).slice(rows - 1, 1),
+                     Mat(logits.data(), 1, model.config.vocab));
+    }
+  }
+
+  const Engine::Data& engine;
+  SessionOptions options;
+  int64_t context = 0;
+  Decoder decoder;
+  Sampler sampler;
+  std::unique_ptr<KvCache> cache;
+  std::vector<int32_t> tokens;
+  size_t evaluated = 0;
+  std::vector<float> hidden, logits;
+};
+
+namespace {
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-void Session::feed(std::span<const int32_t> tokens, bool dense) {
+}  // namespace
+
+Session::Session(const Engine& engine, const SessionOptions& options)
+    : data_(std::make_unique<Data>(*engine.data_, options)) {}
+Session::Session(Session&&) noexcept = default;
+Session& Session::operator=(Session&&) noexcept = default;
+Session::~Session() = default;
+
+void Session::feed(std::span<const int32_t> tokens) {
+  Data& d = *data_;
   if (tokens.empty()) fail("the prompt is empty");
-  if (static_cast<int64_t>(tokens.size()) > room()) {
+  if (static_cast<int64_t>(tokens.size()) > room())
     fail("the prompt has ", tokens.size(), " tokens, the context has room for ", room());
-  }
   for (int32_t id : tokens) {
-    if (id < 0 || id >= model_.config.vocab)
-      fail("token id ", id, " is outside the model's vocabulary of ", model_.config.vocab);
+    if (id < 0 || id >= d.engine.model.config.vocab)
+      fail("token id ", id, " is outside the model's vocabulary of ", d.engine.model.config.vocab);
   }
-  const Pass pass{dense, nullptr};
-  int64_t rows = 0;
-  for (size_t first = 0; first < tokens.size(); first += static_cast<size_t>(rows)) {
-    rows = std::min(Decoder::kBatch, static_cast<int64_t>(tokens.size() - first));
-    const auto part = tokens.subspan(first, static_cast<size_t>(rows));
-    const Mat hidden(hidden_.data(), rows, model_.config.dim);
-    decoder_.forward(model_, part, *cache_, static_cast<int64_t>(tokens_.size()), pass, hidden);
-    tokens_.insert(tokens_.end(), part.begin(), part.end());
+  d.evaluate(false);
+  d.tokens.insert(d.tokens.end(), tokens.begin(), tokens.end());
+  d.evaluate(!d.options.sparse_prompt);
+}
+
+std::span<const float> Session::logits() {
+  if (data_->tokens.empty()) fail("the prompt is empty");
+  data_->evaluate(false);
+  return data_->logits;
+}
+
+int32_t Session::next() {
+  const auto scores = logits();
+  if (room() == 0) fail("the context of ", data_->context, " tokens is full");
+  const int32_t id = data_->sampler.next(scores, data_->tokens);
+  data_->tokens.push_back(id);
+  return id;
+}
+
+Generated Session::generate(std::span<const int32_t> prompt, int64_t count,
+                            const std::function<bool(std::string_view)>& sink, bool ignore_eos) {
+  Generated result;
+  const std::vector<int32_t>& eos = data_->engine.model.config.eos;
+  TextStream stream(data_->engine.tokenizer);
+  const auto emit = [&](const std::string& text) {
+    result.text += text;
+    return text.empty() || !sink || sink(text);
+  };
+  auto start = std::chrono::steady_clock::now();
+  feed(prompt);
+  result.prompt_tokens = static_cast<int64_t>(prompt.size());
+  result.prompt_seconds = seconds_since(start);
+  start = std::chrono::steady_clock::now();
+  while (static_cast<int64_t>(result.tokens.size()) < count) {
+    if (room() == 0) {
+      result.stop = Stop::context_full;
+      break;
+    }
+    const size_t before = data_->evaluated;
+    const int32_t id = next();
+    result.steps += data_->evaluated > before;
+    if (!ignore_eos && std::find(eos.begin(), eos.end(), id) != eos.end()) {
+      result.stop = Stop::end_of_text;
+      break;
+    }
+    result.tokens.push_back(id);
+    if (!emit(stream.push(id))) {
+      result.stop = Stop::caller;
+      break;
+    }
   }
-  decoder_.logits(model_, Mat(hidden_.data(), rows, model_.config.dim).slice(rows - 1, 1),
-                  Mat(logits_.data(), 1, model_.config.vocab));
+  emit(stream.finish());
+  result.decode_seconds = seconds_since(start);
+  return result;
+}
+
+std::span<const int32_t> Session::tokens() const {
+  return data_->tokens;
+}
+
+int64_t Session::room() const {
+  return data_->context - static_cast<int64_t>(data_->tokens.size());
 }
 
 }  // namespace larosa

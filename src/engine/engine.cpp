@@ -1,0 +1,78 @@
+#include "engine/engine_data.h"
+
+#include <algorithm>
+
+#include "base/error.h"
+
+#ifndef LAROSA_VERSION
+#error "the build defines LAROSA_VERSION"
+#endif
+
+namespace larosa {
+namespace {
+
+std::unique_ptr<Backend> backend_of(const EngineOptions& options, ThreadPool& pool) {
+  if (options.products != "f32" && options.products != "bf16")
+    fail("products ", options.products, ": expected f32 or bf16");
+  if (options.backend == "ref") return make_ref_backend();
+  if (options.backend != "cpu") fail("backend ", options.backend, ": expected cpu or ref");
+  return make_cpu_backend({options.products == "bf16" ? Products::bf16 : Products::f32}, pool);
+}
+
+}  // namespace
+
+const char* version() {
+  return LAROSA_VERSION;
+}
+
+DType kv_dtype(const std::string& name) {
+  if (name == "f32") return DType::f32;
+  if (name == "f16") return DType::f16;
+  fail("kv ", name, ": expected f32 or f16");
+}
+
+Engine::Data::Data(const std::string& dir, const EngineOptions& options)
+    : model(load_model(dir)),
+      tokenizer(Tokenizer::load(dir)),
+      pool(options.threads),
+      backend(backend_of(options, pool)) {
+  if (options.check_tensors) model.checkpoint->check_finite();
+}
+
+Engine::Engine(const std::string& dir, const EngineOptions& options)
+    : data_(std::make_unique<Data>(dir, options)) {}
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+Engine::~Engine() = default;
+
+std::vector<int32_t> Engine::encode(std::string_view text, bool add_special) const {
+  return data_->tokenizer.encode(text, add_special);
+}
+
+std::string Engine::decode(std::span<const int32_t> ids) const {
+  return data_->tokenizer.decode(ids, true);
+}
+
+int64_t Engine::context() const {
+  return data_->model.config.context;
+}
+
+int64_t Engine::vocab() const {
+  return data_->model.config.vocab;
+}
+
+bool Engine::ends_text(int32_t id) const {
+  const std::vector<int32_t>& eos = data_->model.config.eos;
+  return std::find(eos.begin(), eos.end(), id) != eos.end();
+}
+
+TokenCost Engine::token_cost(int64_t positions, const std::string& kv) const {
+  const TokenBytes bytes = token_bytes(data_->model, kv_dtype(kv));
+  return {bytes.sparse(positions), bytes.dense(positions)};
+}
+
+std::string Engine::describe() const {
+  return data_->backend->describe();
+}
+
+}  // namespace larosa

@@ -1,0 +1,27 @@
+// What stands behind the public classes of larosa/engine.h.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "backend/backend.h"
+#include "base/thread_pool.h"
+#include "larosa/engine.h"
+#include "model/model.h"
+#include "text/tokenizer.h"
+
+namespace larosa {
+
+struct Engine::Data {
+  Data(const std::string& dir, const EngineOptions& options);
+
+  Model model;
+  Tokenizer tokenizer;
+  ThreadPool pool;
+  std::unique_ptr<Backend> backend;  // uses the pool
+};
+
+/// "f32" or "f16"; throws Error for others.
+DType kv_dtype(const std::string& name);
+
+}  // namespace larosa
