@@ -3,7 +3,8 @@ set(LAROSA_SANITIZE "" CACHE STRING "Sanitizers, comma separated: address,undefi
 
 function(larosa_sanitize target)
   if(LAROSA_SANITIZE)
-    target_compile_options(${target} INTERFACE -fsanitize=${LAROSA_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all)
+    target_compile_options(${target} INTERFACE
+      $<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${LAROSA_SANITIZE} -fno-omit-frame-pointer -fno-sanitize-recover=all>)
     target_link_options(${target} INTERFACE -fsanitize=${LAROSA_SANITIZE})
   endif()
 endfunction()

@@ -18,6 +18,7 @@ std::function<int()> setup_run(CLI::App& app);
 std::function<int()> setup_perplexity(CLI::App& app);
 std::function<int()> setup_inspect(CLI::App& app);
 std::function<int()> setup_bench(CLI::App& app);
+std::function<int()> setup_devices(CLI::App& app);
 
 /// Flags that every command that computes shares: -t/--threads, --backend, --products, --no-progress.
 struct MachineOptions {

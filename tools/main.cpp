@@ -29,6 +29,7 @@ constexpr std::array kCommands = {
             setup_inspect},
     Command{"bench", "Time a model, or any shape with random weights",
             "larosa bench --config config.json --random-weights --sparsity 0.25,0.5", setup_bench},
+    Command{"devices", "Show what this machine offers", "larosa devices", setup_devices},
 };
 
 void print_bash_completion(const CLI::App& app) {
