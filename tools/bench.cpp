@@ -203,7 +203,7 @@ Report measure(const Flags& f, Model& model, const std::vector<Reading>& reading
   report.threads = machine.pool->size();
   use(model, readings[0]);
   report.bytes = model_bytes(model);
-  const auto at_depth = [&](std::string test) {
+  const auto at_depth = [&](const std::string& test) {
     return f.depth > 0 ? test + " @ d" + std::to_string(f.depth) : test;
   };
   for (size_t i = 0; i < readings.size(); ++i) {

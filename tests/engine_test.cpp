@@ -1,0 +1,146 @@
+// The public API on the embedded model.
+#include "larosa/engine.h"
+
+#include "model_fixture.h"
+
+namespace larosa {
+namespace {
+
+SessionOptions greedy() {
+  SessionOptions options;
+  options.sampling.temperature = 0;
+  return options;
+}
+
+template <class Body>
+std::string error_of(Body body) {
+  try {
+    body();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "no error";
+}
+
+class EngineTest : public testing::Test {
+ protected:
+  const Engine engine_{demo_model(), {2, "cpu", "f32", true}};
+  const std::vector<int32_t> prompt_ = engine_.encode("It was a dark night, and the wind");
+};
+
+TEST_F(EngineTest, GreedyTextIsTheModelsOwn) {
+  Session session(engine_, greedy());
+  const Generated made = session.generate(prompt_, 12, {}, true);
+  ThreadPool pool(2);
+  const auto backend = make_cpu_backend({}, pool);
+  const Model model = load_model(demo_model());
+  std::vector<int32_t> tokens = prompt_;
+  for (int32_t id : made.tokens) {  // from scratch at every step
+    const auto logits = all_logits(model, *backend, tokens, tokens.size(), true);
+    const auto last = logits.end() - model.config.vocab;
+    EXPECT_EQ(id, std::max_element(last, logits.end()) - last);
+    tokens.push_back(id);
+  }
+  EXPECT_EQ(std::vector(session.tokens().begin(), session.tokens().end()), tokens);
+  EXPECT_EQ(engine_.decode(made.tokens), made.text);
+  EXPECT_EQ(made.stop, Stop::length);
+  EXPECT_EQ(made.prompt_tokens, static_cast<int64_t>(prompt_.size()));
+  EXPECT_EQ(made.steps, 11);
+}
+
+TEST_F(EngineTest, APromptMayComeInParts) {
+  Session whole(engine_, greedy()), parts(engine_, greedy());
+  const auto expected = whole.generate(prompt_, 20, {}, true);
+  const size_t half = prompt_.size() / 2;
+  parts.feed(std::span(prompt_).first(half));
+  const auto found = parts.generate(std::span(prompt_).subspan(half), 20, {}, true);
+  EXPECT_EQ(found.tokens, expected.tokens);
+  // A second turn goes on after the first one's last token.
+  const auto more = engine_.encode(" and then", false);
+  const auto next = whole.generate(more, 5, {}, true);
+  Session again(engine_, greedy());
+  std::vector<int32_t> all = prompt_;
+  all.insert(all.end(), expected.tokens.begin(), expected.tokens.end());
+  all.insert(all.end(), more.begin(), more.end());
+  EXPECT_EQ(again.generate(all, 5, {}, true).tokens, next.tokens);
+}
+
+TEST_F(EngineTest, SeedsRepeatAndDiffer) {
+  const auto draw = [&](uint64_t seed) {
+    SessionOptions options;
+    options.sampling.seed = seed;
+    return Session(engine_, options).generate(prompt_, 24, {}, true).tokens;
+  };
+  EXPECT_EQ(draw(1), draw(1));
+  EXPECT_NE(draw(1), draw(2));
+}
+
+TEST_F(EngineTest, StreamsWhatItReturns) {
+  Session session(engine_, greedy());
+  std::string streamed;
+  int pieces = 0;
+  const Generated made = session.generate(prompt_, 40, [&](std::string_view text) {
+    EXPECT_FALSE(text.empty());
+    streamed += text;
+    return ++pieces < 5;
+  });
+  EXPECT_EQ(made.stop, Stop::caller);
+  EXPECT_EQ(pieces, 5);
+  EXPECT_EQ(streamed, made.text);
+}
+
+TEST_F(EngineTest, StopsWhenTheContextIsFull) {
+  SessionOptions options = greedy();
+  options.context = static_cast<int64_t>(prompt_.size()) + 3;
+  Session session(engine_, options);
+  const Generated made = session.generate(prompt_, 10, {}, true);
+  EXPECT_EQ(made.stop, Stop::context_full);
+  EXPECT_EQ(made.tokens.size(), 3u);
+  EXPECT_EQ(session.room(), 0);
+  EXPECT_NE(error_of([&] { session.next(); }).find("full"), std::string::npos);
+  EXPECT_NE(error_of([&] { session.feed(prompt_); }).find("room for 0"), std::string::npos);
+}
+
+TEST_F(EngineTest, BackendsAndCachesAgree) {
+  const Engine ref(demo_model(), {1, "ref", "f32", false});
+  Session a(engine_, greedy()), b(ref, greedy());
+  SessionOptions half = greedy();
+  half.kv = "f16";
+  Session c(engine_, half);
+  const auto expected = b.generate(prompt_, 8, {}, true).tokens;
+  EXPECT_EQ(a.generate(prompt_, 8, {}, true).tokens, expected);
+  EXPECT_EQ(c.generate(prompt_, 8, {}, true).tokens, expected);
+  EXPECT_GT(engine_.token_cost(100).bytes, engine_.token_cost(100, "f16").bytes);
+  EXPECT_EQ(engine_.token_cost().bytes, engine_.token_cost().dense_bytes);
+}
+
+TEST_F(EngineTest, RefusesWhatCannotBe) {
+  EXPECT_NE(error_of([&] { Engine("/nonexistent"); }).find("/nonexistent"), std::string::npos);
+  EXPECT_NE(error_of([&] {
+              Engine(demo_model(), {1, "gpu", "f32", false});
+            }).find("backend gpu"),
+            std::string::npos);
+  EXPECT_NE(error_of([&] {
+              Engine(demo_model(), {1, "cpu", "int3", false});
+            }).find("products int3"),
+            std::string::npos);
+  Session session(engine_, greedy());
+  EXPECT_NE(error_of([&] { session.next(); }).find("empty"), std::string::npos);
+  EXPECT_NE(error_of([&] { session.feed({}); }).find("empty"), std::string::npos);
+  for (const int32_t id : {-1, static_cast<int32_t>(engine_.vocab())}) {
+    EXPECT_NE(error_of([&] { session.feed(std::span(&id, 1)); }).find("vocabulary"), std::string::npos);
+  }
+  for (const int64_t context : {int64_t{-1}, engine_.context() + 1}) {
+    SessionOptions options;
+    options.context = context;
+    EXPECT_NE(error_of([&] { Session(engine_, options); }).find("context"), std::string::npos);
+  }
+  SessionOptions options;
+  options.kv = "int2";
+  EXPECT_NE(error_of([&] { Session(engine_, options); }).find("kv int2"), std::string::npos);
+  const std::vector<int32_t> bad = {1 << 30};
+  EXPECT_THROW(engine_.decode(bad), Error);
+}
+
+}  // namespace
+}  // namespace larosa

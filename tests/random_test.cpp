@@ -1,0 +1,100 @@
+// Random models: the right shapes, equal for equal seeds, finite through many layers.
+#include "model/random.h"
+
+#include "base/error.h"
+#include "calib/methods.h"
+#include "io/json.h"
+#include "model_fixture.h"
+#include "text/tokenizer.h"
+
+namespace larosa {
+namespace {
+
+Plan plan_for(const ModelConfig& config, double sparsity) {
+  const Method& method = find_method("larosa");
+  Choice choice;
+  choice.sparsity = sparsity;
+  Plan plan;
+  plan.layers.assign(static_cast<size_t>(config.layers),
+                     method.plan(choice, site_keeps(config, sparsity, choice.site_scale)));
+  for (size_t l = 0; l + 1 < plan.layers.size(); ++l) plan.layers[l].adapter = true;
+  return plan;
+}
+
+TEST(RandomModel, FiniteEqualAndSparse) {
+  constexpr DType kTypes[] = {DType::f32, DType::f16, DType::bf16};
+  for (size_t m = 0; m < tiny_models().size(); ++m) {
+    const std::string dir = tiny_models()[m];
+    ModelConfig config = load_config(dir);
+    config.layers = 40;
+    for (const DType dtype : {kTypes[m % 3]}) {
+      std::vector<std::vector<float>> found;
+      for (const int threads : {1, 2}) {
+        ThreadPool pool(threads);
+        const auto backend = make_cpu_backend({}, pool);
+        const Model model = make_random_model(config, plan_for(config, 0.5), {dtype, 3}, pool);
+        found.push_back(all_logits(model, *backend, some_tokens(config.vocab, 3), 1));
+        const TokenBytes bytes = token_bytes(model);
+        EXPECT_NEAR(static_cast<double>(bytes.projections) / static_cast<double>(bytes.projections_dense),
+                    0.5, 0.02);
+        EXPECT_EQ(bytes.adapters, 39 * config.dim * config.dim * dtype_size(dtype));
+      }
+      EXPECT_EQ(found[0], found[1]);
+      double squares = 0;
+      for (float v : found[0]) squares += double{v} * double{v};
+      EXPECT_TRUE(std::isfinite(squares) && squares > 0) << dir << " " << dtype_name(dtype);
+    }
+  }
+}
+
+TEST(RandomModel, RefusesAPlanOfAnotherShape) {
+  ThreadPool pool(1);
+  const ModelConfig config = load_config(demo_model());
+  Plan plan = plan_for(config, 0.5);
+  plan.layers.pop_back();
+  EXPECT_THROW(make_random_model(config, plan, {}, pool), Error);
+}
+
+TEST(RandomCheckpoint, LoadsAsAModelOfEveryFamily) {
+  ThreadPool pool(2);
+  const auto backend = make_cpu_backend({}, pool);
+  for (const std::string& source : tiny_models()) {
+    TemporaryDir dir;
+    nlohmann::json json = read_json(source + "/config.json");
+    json["vocab_size"] = 300;
+    std::ofstream(dir / "config.json") << json;
+    int64_t last = 0, total = 0;
+    write_random_checkpoint(dir / "config.json", dir / "out", {DType::f16}, 20000, pool,
+                            [&](int64_t done, int64_t all) {
+                              EXPECT_GT(done, last);
+                              last = done, total = all;
+                            });
+    EXPECT_EQ(last, total);
+    EXPECT_TRUE(std::filesystem::exists(dir / "out/model.safetensors.index.json"));
+    const Model model = load_model(dir / "out");
+    EXPECT_EQ(model_bytes(model), total);
+    EXPECT_EQ(parameter_count(model.config) * 2, total) << source;
+    model.checkpoint->check_finite();
+    const Tokenizer tokenizer = Tokenizer::load(dir / "out");
+    const std::string text = "Grüße, 世界\n\x01 \xf0\x9f\x99\x82";
+    const auto ids = tokenizer.encode(text, true);
+    EXPECT_EQ(ids.size(), text.size());
+    EXPECT_EQ(tokenizer.decode(ids, true), text);
+    all_logits(model, *backend, ids, ids.size());
+    EXPECT_THROW(write_random_checkpoint(dir / "config.json", dir / "out", {}, 20000, pool, {}), Error);
+  }
+}
+
+TEST(RandomCheckpoint, LeavesNothingHalfMade) {
+  TemporaryDir dir;
+  ThreadPool pool(1);
+  struct Stopped {};
+  const std::string config = demo_model() + "/config.json";
+  const auto stop = [](int64_t, int64_t) { throw Stopped(); };
+  EXPECT_THROW(write_random_checkpoint(config, dir / "out", {}, 1 << 20, pool, stop), Stopped);
+  EXPECT_FALSE(std::filesystem::exists(dir / "out"));
+  EXPECT_FALSE(std::filesystem::exists(dir / "out.partial"));
+}
+
+}  // namespace
+}  // namespace larosa
