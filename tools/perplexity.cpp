@@ -15,7 +15,7 @@ namespace {
 
 struct Flags {
   std::string model, file, against, protocol = "raw";
-  int64_t context = 0, chunks = 0;
+  int64_t context = 0, stride = 0, chunks = 0;
   double dense_prompt = 0;
   bool check_tensors = false, json = false;
   MachineOptions machine;
@@ -28,7 +28,7 @@ void print_text(const Flags& f, const PerplexityOptions& options, const Perplexi
       "protocol %s, context %ld, %ld windows, %ld predictions, products %s, dense prompt %g, %.0f tokens/s\n",
       f.protocol.c_str(), static_cast<long>(options.context), static_cast<long>(r.windows),
       static_cast<long>(r.predictions), backend.products_name().c_str(), options.dense_prompt,
-      static_cast<double>(r.windows * options.context) / r.seconds);
+      static_cast<double>(r.tokens) / r.seconds);
   if (!f.against.empty()) {
     const Mean reference = perplexity_of(r.reference_nll);
     std::printf("reference %s: PPL = %.4f +/- %.4f\n", f.against.c_str(), reference.value, reference.error);
@@ -46,6 +46,7 @@ void print_json(const Flags& f, const PerplexityOptions& options, const Perplexi
   nlohmann::ordered_json j = {{"model", f.model},
                               {"protocol", f.protocol},
                               {"context", options.context},
+                              {"stride", options.stride > 0 ? options.stride : options.context},
                               {"windows", r.windows},
                               {"predictions", r.predictions},
                               {"products", backend.products_name()},
@@ -71,23 +72,27 @@ int run(const Flags& f) {
   if (!f.against.empty()) reference = load_model(f.against);
   if (f.check_tensors) model.checkpoint->check_finite();
   PerplexityOptions options;
-  const int64_t usual = protocol.context > 0 ? protocol.context : 2048;
-  options.context = f.context > 0 ? f.context : std::min(usual, model.config.context);
+  options.context = f.context > 0 ? f.context : std::min(protocol.context, model.config.context);
   if (options.context < 2 || options.context > model.config.context) {
     fail("-c ", options.context, ": expected 2 to the model's context of ", model.config.context);
   }
   if (!(f.dense_prompt >= 0 && f.dense_prompt < 1))
     fail("--dense-prompt ", f.dense_prompt, ": expected a number in [0, 1)");
+  if (f.stride < 0 || f.stride > options.context)
+    fail("--stride ", f.stride, ": expected 1 to the window's ", options.context, " tokens");
+  options.stride = f.stride;
+  options.last_window = protocol.last_window;
   options.skipped_share = protocol.skipped_share;
   options.dense_prompt = f.dense_prompt;
   options.most_windows = f.chunks;
   const std::string text = read_text(f.file);
   if (text.empty()) fail(f.file, ": is empty");
   const Tokenizer tokenizer = Tokenizer::load(f.model);
-  if (protocol.window_bos) options.bos = tokenizer.bos();
+  if (protocol.window_bos && tokenizer.adds_special()) options.bos = tokenizer.bos();
   const auto tokens = protocol_tokens(protocol, tokenizer, text);
-  if (static_cast<int64_t>(tokens.size()) < options.context)
-    fail(f.file, ": ", tokens.size(), " tokens, one window needs ", options.context);
+  const int64_t least = std::max<int64_t>(2, protocol.least_windows * options.context);
+  if (static_cast<int64_t>(tokens.size()) < least)
+    fail(f.file, ": ", tokens.size(), " tokens, protocol ", protocol.name, " needs ", least);
   Machine machine = make_machine(f.machine);
   std::fprintf(stderr, "%s\n", machine.backend->describe().c_str());
   catch_interrupts();
@@ -114,6 +119,8 @@ std::function<int()> setup_perplexity(CLI::App& app) {
   app.add_option("--protocol", f->protocol, "raw, larosa, hf or llama.cpp")->capture_default_str();
   app.add_option("-c,--ctx-size", f->context,
                  "Tokens per window (default: the protocol's, at most the model's context)");
+  app.add_option("--stride", f->stride,
+                 "Tokens from window to window (default: the window); overlaps are context only");
   app.add_option("--chunks", f->chunks, "Score only the first windows")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
   app.add_option("--dense-prompt", f->dense_prompt, "Share of each window that runs dense and is not scored")

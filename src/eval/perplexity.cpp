@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <string_view>
 
 #include "base/error.h"
 #include "base/thread_pool.h"
@@ -13,10 +14,10 @@ namespace larosa {
 namespace {
 
 constexpr std::array kProtocols = {
-    Protocol{"raw", nullptr, false, false, false, 0, 0},
-    Protocol{"larosa", "\n\n", true, true, false, 0, 2048},
-    Protocol{"hf", "\n\n", false, false, false, 0, 0},
-    Protocol{"llama.cpp", nullptr, false, false, true, 0.5, 512},
+    Protocol{"raw", nullptr, false, false, false, 0, 2048, false, 1},
+    Protocol{"larosa", "\n\n", true, true, false, 0, 2048, false, 1},
+    Protocol{"hf", "\n\n", false, true, false, 0, 2048, true, 0},
+    Protocol{"llama.cpp", nullptr, false, true, true, 0.5, 512, false, 2},
 };
 
 /// What one prediction contributes.
@@ -59,11 +60,13 @@ class Scorer {
   void run_window(std::span<const int32_t> tokens, int64_t dense_rows) {
     const ModelConfig& c = model_.config;
     const auto cache = backend_.make_kv_cache({c.layers, c.kv_heads, c.head_dim, context_, DType::f32});
-    const Mat hidden(hidden_.data(), context_, c.dim);
-    const auto first = static_cast<size_t>(dense_rows);
+    const int64_t rows = static_cast<int64_t>(tokens.size());
+    const Mat hidden(hidden_.data(), rows, c.dim);
+    const auto first = static_cast<size_t>(std::min(dense_rows, rows));
     if (first > 0) decoder_.forward(model_, tokens.first(first), *cache, 0, Pass{true, nullptr}, hidden);
-    decoder_.forward(model_, tokens.subspan(first), *cache, dense_rows, Pass{},
-                     hidden.slice(dense_rows, context_ - dense_rows));
+    if (first == tokens.size()) return;
+    decoder_.forward(model_, tokens.subspan(first), *cache, static_cast<int64_t>(first), Pass{},
+                     hidden.slice(static_cast<int64_t>(first), rows - static_cast<int64_t>(first)));
   }
 
   /// Log-probabilities after rows [first, first + count) of the window.
@@ -131,13 +134,14 @@ const Protocol& find_protocol(const std::string& name) {
 
 std::vector<int32_t> protocol_tokens(const Protocol& protocol, const Tokenizer& tokenizer,
                                      const std::string& text) {
-  if (!protocol.line_end) return tokenizer.encode(text, protocol.leading_special);
+  if (!protocol.row_end) return tokenizer.encode(text, protocol.leading_special);
   std::string joined;
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find('\n', begin), text.size());
-    joined.append(text, begin, end - begin);
+    const std::string_view line = std::string_view(text).substr(begin, end - begin);
+    if (line.find_first_not_of(" \t\r\v\f") != std::string_view::npos) joined.append(line) += '\n';
     begin = end + 1;
-    if (begin < text.size() || protocol.ends_lines) joined += protocol.line_end;
+    if (begin < text.size() || protocol.ends_rows) joined += protocol.row_end;
   }
   return tokenizer.encode(joined, protocol.leading_special);
 }
@@ -151,8 +155,15 @@ PerplexityResult perplexity(const Model& model, const Model* reference, Backend&
                             std::span<const int32_t> tokens, const PerplexityOptions& options,
                             const std::function<void(const PerplexityResult&, int64_t)>& seen) {
   const int64_t context = options.context, vocab = model.config.vocab;
-  int64_t windows = static_cast<int64_t>(tokens.size()) / context;
-  if (windows < 1) fail("the text has ", tokens.size(), " tokens, one window needs ", context);
+  const int64_t size = static_cast<int64_t>(tokens.size());
+  const int64_t stride = options.stride > 0 ? options.stride : context;
+  if (stride > context) fail("--stride ", stride, ": expected at most the window's ", context, " tokens");
+  int64_t windows = size < context ? 0 : (size - context) / stride + 1;
+  // One more for what stands behind the last whole window, if it holds a prediction.
+  const int64_t covered = windows == 0 ? 0 : (windows - 1) * stride + context;
+  if (options.last_window && size - std::max<int64_t>(covered, 1) > 0 && size - windows * stride > 1)
+    ++windows;
+  if (windows < 1) fail("the text has ", size, " tokens, one window needs ", context);
   if (options.most_windows > 0) windows = std::min(windows, options.most_windows);
   if (reference && reference->config.vocab != vocab) {
     fail("--against: its vocabulary has ", reference->config.vocab, " tokens, the model's ", vocab);
@@ -160,9 +171,6 @@ PerplexityResult perplexity(const Model& model, const Model* reference, Backend&
   for (int32_t id : tokens) {
     if (id < 0 || id >= vocab) fail("token id ", id, " is outside the model's vocabulary of ", vocab);
   }
-  const auto dense_rows = static_cast<int64_t>(options.dense_prompt * static_cast<double>(context));
-  const int64_t skipped =
-      std::max(dense_rows, static_cast<int64_t>(options.skipped_share * static_cast<double>(context)));
   Scorer scorer(model, backend, context);
   std::unique_ptr<Scorer> other;
   if (reference) other = std::make_unique<Scorer>(*reference, backend, context);
@@ -171,12 +179,20 @@ PerplexityResult perplexity(const Model& model, const Model* reference, Backend&
   Totals totals;
   const auto start = std::chrono::steady_clock::now();
   for (int64_t w = 0; w < windows; ++w) {
-    std::vector<int32_t> window(tokens.begin() + w * context, tokens.begin() + (w + 1) * context);
+    const int64_t begin_token = w * stride, length = std::min(context, size - begin_token);
+    std::vector<int32_t> window(tokens.begin() + begin_token, tokens.begin() + begin_token + length);
     if (options.bos >= 0) window[0] = options.bos;
+    const auto share = [length](double part) {
+      return static_cast<int64_t>(part * static_cast<double>(length));
+    };
+    const int64_t dense_rows = share(options.dense_prompt);
+    // Rows whose prediction an earlier window has scored.
+    const int64_t seen_before = w == 0 ? 0 : context - stride - 1;
+    const int64_t skipped = std::max({dense_rows, share(options.skipped_share), seen_before});
     scorer.run_window(window, dense_rows);
     if (other) other->run_window(window, 0);
-    for (int64_t first = skipped; first + 1 < context; first += scorer.block_rows()) {
-      const int64_t count = std::min(scorer.block_rows(), context - 1 - first);
+    for (int64_t first = skipped; first + 1 < length; first += scorer.block_rows()) {
+      const int64_t count = std::min(scorer.block_rows(), length - 1 - first);
       const Mat p = scorer.log_probabilities(first, count);
       const Mat q = other ? other->log_probabilities(first, count) : Mat();
       std::vector<Score> scores(static_cast<size_t>(count));
@@ -189,6 +205,7 @@ PerplexityResult perplexity(const Model& model, const Model* reference, Backend&
       for (const Score& s : scores) totals.add(s, reference != nullptr);
     }
     result.windows = w + 1;
+    result.tokens += length;
     totals.report(result, reference != nullptr);
     result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     seen(result, windows);

@@ -16,11 +16,10 @@ namespace {
 
 void log_softmax(int64_t n, float* x) {
   const FloatTag d;
-  float top = x[0];
   Floats best = hn::Set(d, x[0]);
   int64_t i = 0;
   for (; i + lanes() <= n; i += lanes()) best = hn::Max(best, hn::LoadU(d, x + i));
-  top = hn::GetLane(hn::MaxOfLanes(d, best));
+  float top = hn::GetLane(hn::MaxOfLanes(d, best));
   for (; i < n; ++i) top = x[i] > top ? x[i] : top;
 
   const Floats shift = hn::Set(d, top);
