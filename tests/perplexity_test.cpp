@@ -38,7 +38,8 @@ class Perplexity : public testing::Test {
     const double n = static_cast<double>(expected.size()), mean = sum / n;
     EXPECT_EQ(found.predictions, static_cast<int64_t>(expected.size()));
     EXPECT_NEAR(found.nll.value, mean, 1e-5);
-    if (n > 1) EXPECT_NEAR(found.nll.error, std::sqrt((squares / n - mean * mean) / (n - 1)), 1e-5);
+    const double variance = n > 1 ? (squares / n - mean * mean) / (n - 1) : 0;
+    EXPECT_NEAR(found.nll.error, std::sqrt(variance), 1e-5);
   }
   static void append(std::vector<double>& all, const std::vector<double>& more) {
     all.insert(all.end(), more.begin(), more.end());
