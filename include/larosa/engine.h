@@ -52,7 +52,8 @@ class Engine {
   /// Token ids of UTF-8 text; add_special: with what the model's tokenizer puts around a text (a BOS for
   /// Llama).
   std::vector<int32_t> encode(std::string_view text, bool add_special = true) const;
-  /// Text of ids, special tokens left out. Throws Error for ids outside the vocabulary.
+  /// Text of ids; special tokens and ids that only pad the vocabulary are left out. Throws Error for ids
+  /// outside the vocabulary.
   std::string decode(std::span<const int32_t> ids) const;
 
   /// Longest timeline the model was made for, tokens.

@@ -50,7 +50,12 @@ std::vector<int32_t> Engine::encode(std::string_view text, bool add_special) con
 }
 
 std::string Engine::decode(std::span<const int32_t> ids) const {
-  return data_->tokenizer.decode(ids, true);
+  std::vector<int32_t> known;
+  for (int32_t id : ids) {
+    if (id < 0 || id >= vocab()) fail("token id ", id, " is outside the model's vocabulary of ", vocab());
+    if (id < data_->tokenizer.size()) known.push_back(id);
+  }
+  return data_->tokenizer.decode(known, true);
 }
 
 int64_t Engine::context() const {

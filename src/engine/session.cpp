@@ -120,7 +120,8 @@ Generated Session::generate(std::span<const int32_t> prompt, int64_t count,
       break;
     }
     result.tokens.push_back(id);
-    if (!emit(stream.push(id))) {
+    // Vocabularies are padded (Qwen: 151,936 rows for 151,669 tokens): a row without a token has no text.
+    if (id < data_->engine.tokenizer.size() && !emit(stream.push(id))) {
       result.stop = Stop::caller;
       break;
     }
