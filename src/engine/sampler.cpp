@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <set>
 
 #include "base/error.h"
@@ -42,6 +43,10 @@ int32_t Sampler::next(std::span<const float> logits, std::span<const int32_t> re
       logit = logit > 0 ? logit / sampling_.repeat_penalty : logit * sampling_.repeat_penalty;
     }
   }
+  // NaN counts as the least likely, infinities as the ends of the range: the order and the differences below
+  // are then defined whatever a broken model says.
+  constexpr float kEnd = std::numeric_limits<float>::max();
+  for (Candidate& c : candidates_) c.logit = std::isnan(c.logit) ? -kEnd : std::clamp(c.logit, -kEnd, kEnd);
   // Ties go to the lower id, so that the order of candidates is the same everywhere.
   const auto before = [](const Candidate& a, const Candidate& b) {
     return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
@@ -57,7 +62,8 @@ int32_t Sampler::next(std::span<const float> logits, std::span<const int32_t> re
     double total = 0;
     for (size_t i = 0; i < count; ++i) {
       total += probabilities_[i] =
-          std::exp(static_cast<double>(candidates_[i].logit - candidates_[0].logit) / temperature);
+          std::exp((static_cast<double>(candidates_[i].logit) - static_cast<double>(candidates_[0].logit)) /
+                   temperature);
     }
     return total;
   };

@@ -1,9 +1,13 @@
 #include "plan/plan.h"
 
+#include <algorithm>
 #include <cmath>
+#include <iterator>
+#include <limits>
 #include <nlohmann/json.hpp>
 
 #include "base/error.h"
+#include "io/json.h"
 
 namespace larosa {
 namespace {
@@ -22,28 +26,34 @@ json rule_to_json(const Rule& rule) {
   return j;
 }
 
-Rule rule_from_json(const json& j) {
+Rule rule_from_json(const Fields& j) {
   Rule rule;
-  const std::string select = j.at("select").get<std::string>();
-  int index = 0;
-  while (index < 3 && select != kSelectNames[index]) ++index;
-  if (index == 3) fail("select \"", select, "\" is unknown (all, topk, threshold)");
-  rule.select = static_cast<Select>(index);
-  if (rule.select == Select::topk) {
-    if (!j.at("keep").is_number_integer()) fail("keep is not a whole number");
-    rule.keep = j.at("keep").get<int64_t>();
-  }
-  if (rule.select == Select::threshold) rule.cut = j.at("cut").get<float>();
-  rule.scaled = j.value("scaled", false);
-  rule.rotated = j.value("rotated", false);
+  const std::string select = j.text("select");
+  const auto known = std::find(std::begin(kSelectNames), std::end(kSelectNames), select);
+  if (known == std::end(kSelectNames)) j.refuse("select", "expected all, topk or threshold");
+  rule.select = static_cast<Select>(known - std::begin(kSelectNames));
+  if (rule.select == Select::topk) rule.keep = j.integer("keep", 1, int64_t{1} << 32);
+  if (rule.select == Select::threshold)
+    rule.cut = static_cast<float>(j.number("cut", 0, double{std::numeric_limits<float>::max()}));
+  rule.scaled = j.boolean_or("scaled", false);
+  rule.rotated = j.boolean_or("rotated", false);
   return rule;
 }
 
-Projection projection_from_name(const std::string& name) {
-  for (Projection p : kProjections) {
-    if (name == projection_name(p)) return p;
+const json& list(const Fields& j, const std::string& name) {
+  if (!j.get(name).is_array()) j.refuse(name, "expected a list");
+  return j.get(name);
+}
+
+std::vector<Projection> projections_from_json(const Fields& j) {
+  std::vector<Projection> projections;
+  for (const json& name : list(j, "projections")) {
+    const auto known = std::find_if(kProjections.begin(), kProjections.end(),
+                                    [&](Projection p) { return name == projection_name(p); });
+    if (known == kProjections.end()) j.refuse("projections", "expected names from wq wk wv wo gate up down");
+    projections.push_back(*known);
   }
-  fail("projection \"", name, "\" is unknown");
+  return projections;
 }
 
 json layer_to_json(const LayerPlan& layer) {
@@ -58,15 +68,14 @@ json layer_to_json(const LayerPlan& layer) {
   return {{"groups", groups}, {"adapter", layer.adapter}};
 }
 
-LayerPlan layer_from_json(const json& j) {
+LayerPlan layer_from_json(const Fields& j, const std::string& where) {
   LayerPlan layer;
-  for (const json& g : j.at("groups")) {
-    Group group{{}, rule_from_json(g)};
-    for (const json& name : g.at("projections"))
-      group.projections.push_back(projection_from_name(name.get<std::string>()));
-    layer.groups.push_back(std::move(group));
+  for (const json& g : list(j, "groups")) {
+    const Fields group(g, j.source(), where + "groups." + std::to_string(layer.groups.size()) + ".");
+    layer.groups.push_back({projections_from_json(group), rule_from_json(group)});
   }
-  layer.adapter = j.at("adapter").get<bool>();
+  j.get("adapter");
+  layer.adapter = j.boolean_or("adapter", false);
   return layer;
 }
 
@@ -97,22 +106,23 @@ std::string plan_to_json(const Plan& plan) {
 }
 
 Plan plan_from_json(const std::string& text, const std::string& source) {
-  try {
-    const json j = json::parse(text);
-    if (j.at("version") != kVersion) fail("version is ", j.at("version").dump(), ", expected ", kVersion);
-    Plan plan;
-    plan.method = j.at("method").get<std::string>();
-    plan.form = j.at("form").get<std::string>();
-    plan.fingerprint = j.at("fingerprint").get<std::string>();
-    plan.sparsity = j.at("sparsity").get<double>();
-    plan.notes = j.at("notes").get<std::map<std::string, std::string>>();
-    for (const json& layer : j.at("layers")) plan.layers.push_back(layer_from_json(layer));
-    return plan;
-  } catch (const json::exception& e) {
-    fail(source, ": plan: ", e.what());
-  } catch (const Error& e) {
-    fail(source, ": plan: ", e.what());
+  const std::string name = source + ": plan";
+  const json object = parse_json(text, name);
+  const Fields j(object, name);
+  j.integer("version", kVersion, kVersion);
+  Plan plan;
+  plan.method = j.text("method");
+  plan.form = j.text("form");
+  plan.fingerprint = j.text("fingerprint");
+  plan.sparsity = j.number("sparsity", 0, 1);
+  j.get("notes");
+  const Fields notes = *j.find_object("notes");
+  for (const auto& [key, value] : notes.object().items()) plan.notes[key] = notes.text(key);
+  for (const json& layer : list(j, "layers")) {
+    const std::string where = "layers." + std::to_string(plan.layers.size()) + ".";
+    plan.layers.push_back(layer_from_json(Fields(layer, name, where), where));
   }
+  return plan;
 }
 
 void validate(const Plan& plan, const PlanShape& shape, const std::string& source) {
