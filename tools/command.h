@@ -19,6 +19,7 @@ std::function<int()> setup_perplexity(CLI::App& app);
 std::function<int()> setup_inspect(CLI::App& app);
 std::function<int()> setup_bench(CLI::App& app);
 std::function<int()> setup_devices(CLI::App& app);
+std::function<int()> setup_completion(CLI::App& app);
 
 /// Flags that every command that computes shares: -t/--threads, --backend, --products, --no-progress.
 struct MachineOptions {

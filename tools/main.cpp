@@ -30,26 +30,9 @@ constexpr std::array kCommands = {
     Command{"bench", "Time a model, or any shape with random weights",
             "larosa bench --config config.json --random-weights --sparsity 0.25,0.5", setup_bench},
     Command{"devices", "Show what this machine offers", "larosa devices", setup_devices},
+    Command{"completion", "Print a completion script for bash, zsh or fish",
+            "source <(larosa completion bash)", setup_completion},
 };
-
-void print_bash_completion(const CLI::App& app) {
-  std::string commands, cases;
-  for (const CLI::App* sub : app.get_subcommands([](const CLI::App*) { return true; })) {
-    std::string flags;
-    for (const CLI::Option* option : sub->get_options()) {
-      for (const std::string& name : option->get_lnames()) flags += " --" + name;
-    }
-    commands += (commands.empty() ? "" : " ") + sub->get_name();
-    cases += "    " + sub->get_name() + ") words=\"" + flags.substr(flags.empty() ? 0 : 1) + "\" ;;\n";
-  }
-  std::printf(
-      "_larosa() {\n  local words=\"%s\" current=\"${COMP_WORDS[COMP_CWORD]}\"\n  case \"${COMP_WORDS[1]}\" "
-      "in\n%s  esac\n"
-      "  [[ $COMP_CWORD -gt 1 && $current != -* ]] && return\n  COMPREPLY=($(compgen -W \"$words\" -- "
-      "\"$current\"))\n}\n"
-      "complete -o default -F _larosa larosa\n",
-      commands.c_str(), cases.c_str());
-}
 
 int main_checked(int argc, char** argv) {
   CLI::App app("Large language models that read only the weights that matter for each token");
@@ -62,9 +45,6 @@ int main_checked(int argc, char** argv) {
     const auto run = command.setup(*sub);
     sub->callback([run, &code] { code = run(); });
   }
-  CLI::App* completion =
-      app.add_subcommand("completion", "Print a completion script: source <(larosa completion)");
-  completion->callback([&app] { print_bash_completion(app); });
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
