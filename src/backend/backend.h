@@ -66,8 +66,8 @@ class Backend {
   /// x[t] = table[tokens[t]].                                  table (V, D) rows; tokens (T); x (T, D)
   virtual void embed(const Weight& table, std::span<const int32_t> tokens, Mat x) = 0;
 
-  /// y[t,i] = x[t,i] / sqrt(mean_i x[t,i]² + eps) · gain[i].   x, y (T, D), may alias; gain (D) or null for
-  /// ones RMSNorm, arXiv 1910.07467 eq. 4.
+  /// y[t,i] = x[t,i] / sqrt(mean_i x[t,i]² + eps) · gain[i].   x, y (T, D), may alias; gain (D) or null
+  /// (ones). RMSNorm, arXiv 1910.07467 eq. 4.
   virtual void rms_norm(Mat x, const float* gain, float eps, Mat y) = 0;
 
   /// For every product: y = x Wᵀ (+ bias) (+ y).               x (T, D); y (T, N); x aliases no y
@@ -87,7 +87,8 @@ class Backend {
   virtual void threshold(Mat x, const float* scale, float cut, Selection& kept) = 0;
 
   /// matmul of the rows with everything that was not kept set to zero. With T = 1 and weights in `channels`
-  /// layout the dropped channels are not read.  Equals matmul of expand(kept) bit for bit on channels layout.
+  /// layout the dropped channels are not read.  Equals matmul of expand(kept) bit for bit on channels
+  /// layout, for finite weights (a dropped channel with an infinity or NaN is not read).
   virtual void sparse_matmul(const Selection& kept, std::span<const Product> products) = 0;
 
   /// y = the rows with zeros where nothing was kept.           y (T, D)

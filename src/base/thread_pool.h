@@ -1,5 +1,5 @@
-// A pool of workers for loops whose parts are known beforehand. Work is handed out by index, never by
-// arrival, so results do not depend on the number of threads.
+// A pool of workers for loops whose parts are known beforehand. Which thread computes a part never
+// decides what is computed, so results do not depend on the number of threads.
 #pragma once
 
 #include <atomic>
