@@ -21,6 +21,13 @@ bool Bpe::find_merge(TokenId left, TokenId right, Merge& merge) const {
   return true;
 }
 
+size_t next_word(std::string_view text, size_t begin) {
+  for (size_t at = text.find(kBlank, begin); at != std::string_view::npos; at = text.find(kBlank, at + 1)) {
+    if (at > begin && !text.substr(begin, at - begin).ends_with(kBlank)) return at;
+  }
+  return text.size();
+}
+
 /// One symbol per character; characters outside the vocabulary become their bytes or the unknown token.
 void Bpe::initial(std::string_view word, std::vector<TokenId>& symbols) const {
   bool after_unknown = false;
@@ -39,6 +46,12 @@ void Bpe::initial(std::string_view word, std::vector<TokenId>& symbols) const {
       after_unknown = true;
     }
   }
+}
+
+void Bpe::finish() {
+  cut_at_blank = !by_rank && !ignore_merges && vocab.contains(kBlank);
+  for (auto it = vocab.begin(); cut_at_blank && it != vocab.end(); ++it)
+    cut_at_blank = next_word(it->first, 0) == it->first.size();
 }
 
 void Bpe::encode(std::string_view word, std::vector<TokenId>& ids) const {

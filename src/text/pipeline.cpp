@@ -1,6 +1,7 @@
 #include "text/pipeline.h"
 
 #include "base/error.h"
+#include "io/json.h"
 #include "text/regex.h"
 #include "text/unicode.h"
 
@@ -57,16 +58,41 @@ std::optional<uint8_t> byte_token(std::string_view piece) {
   return static_cast<uint8_t>(high * 16 + low);
 }
 
-void add_merge(Bpe& bpe, const std::string& left, const std::string& right, int32_t rank,
+void add_piece(Tokenizer::Data& data, const std::string& piece, int64_t id, const std::string& source) {
+  if (id < 0 || id >= kMostTokens)
+    fail(source, ": token \"", piece, "\": id is ", id, ", expected 0 to ", kMostTokens - 1);
+  const auto index = static_cast<size_t>(id);
+  if (data.pieces.size() <= index) data.pieces.resize(index + 1);
+  if (data.pieces[index].kind != Piece::Kind::absent)
+    fail(source, ": token \"", piece, "\": id ", id, " stands twice");
+  if (!data.bpe.vocab.emplace(piece, static_cast<TokenId>(id)).second)
+    fail(source, ": token \"", piece, "\" stands twice");
+  data.pieces[index] = {Piece::Kind::text, piece, false};
+}
+
+void read_vocab(const nlohmann::json& vocab, const std::string& source, Tokenizer::Data& data) {
+  data.bpe.vocab.reserve(vocab.size());
+  data.pieces.reserve(vocab.size());
+  for (const auto& [piece, id] : vocab.items()) {
+    const auto whole = integer_in(id, 0, kMostTokens - 1);
+    if (!whole)
+      fail(source, ": token \"", piece, "\": id is ", shown(id), ", expected 0 to ", kMostTokens - 1);
+    add_piece(data, piece, *whole, source);
+  }
+}
+
+void add_merge(Bpe& bpe, std::string_view left, std::string_view right, int32_t rank,
                const std::string& source) {
-  const auto id = [&](const std::string& piece) {
+  const auto id = [&](std::string_view piece) {
     const auto it = bpe.vocab.find(piece);
     if (it == bpe.vocab.end())
       fail(source, ": merge ", rank, " \"", left, " ", right, "\": \"", piece, "\" is not in the vocabulary");
     return it->second;
   };
   const uint64_t key = static_cast<uint64_t>(id(left)) << 32 | static_cast<uint32_t>(id(right));
-  bpe.merges[key] = {rank, id(left + right)};
+  static thread_local std::string joined;  // one buffer for hundreds of thousands of merges
+  joined.assign(left).append(right);
+  bpe.merges[key] = {rank, id(joined)};
 }
 
 PreTokenizer byte_level(const std::string& pattern, bool add_prefix_space, const std::string& source) {

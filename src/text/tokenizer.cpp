@@ -1,7 +1,5 @@
 #include "text/tokenizer.h"
 
-#include <sentencepiece_processor.h>
-
 #include <algorithm>
 #include <filesystem>
 
@@ -13,14 +11,6 @@
 namespace larosa {
 namespace {
 
-bool is_space(std::string_view text, size_t i) {
-  return text[i] == ' ' || (text[i] >= '\t' && text[i] <= '\r');
-}
-bool is_word(std::string_view text, size_t i) {
-  const auto c = static_cast<unsigned char>(text[i]);
-  return c >= 0x80 || std::isalnum(c) || c == '_';
-}
-
 struct Found {
   size_t begin, end;  // of the token with the blanks it swallows
   TokenId id;
@@ -29,19 +19,21 @@ struct Found {
 /// The first added token at or after `from` that `wanted` accepts, the longest one at its place.
 std::optional<Found> find_added(const Tokenizer::Data& data, std::string_view text, size_t from,
                                 bool normalized, bool specials) {
-  for (size_t i = from; i < text.size(); ++i) {
+  for (size_t i = from, step = 1; i < text.size(); i += step) {
+    step = 1;
     for (size_t index : data.added_by_first[static_cast<unsigned char>(text[i])]) {
       const AddedToken& token = data.added[index];
-      if (token.normalized != normalized || (token.special && !specials) ||
-          text.substr(i, token.content.size()) != token.content)
-        continue;
-      size_t begin = i, end = i + token.content.size();
-      if (token.single_word &&
-          ((begin > 0 && is_word(text, begin - 1)) || (end < text.size() && is_word(text, end))))
-        continue;
-      while (token.lstrip && begin > from && is_space(text, begin - 1)) --begin;
-      while (token.rstrip && end < text.size() && is_space(text, end)) ++end;
-      return Found{begin, end, token.id};
+      if (token.normalized != normalized || text.substr(i, token.content.size()) != token.content) continue;
+      const std::string_view before = text.substr(0, i), behind = text.substr(i + token.content.size());
+      // As Hugging Face: the longest token counts, and one that is not wanted here is passed over as a whole.
+      if ((token.special && !specials) ||
+          (token.single_word && (is_word(last_character(before)) || is_word(first_character(behind))))) {
+        step = token.content.size();
+        break;
+      }
+      const size_t left = token.lstrip ? stripped_right(text.substr(from, i - from)).size() : i - from;
+      const size_t right = token.rstrip ? behind.size() - stripped_left(behind).size() : 0;
+      return Found{from + left, i + token.content.size() + right, token.id};
     }
   }
   return std::nullopt;
@@ -49,34 +41,64 @@ std::optional<Found> find_added(const Tokenizer::Data& data, std::string_view te
 
 }  // namespace
 
+void Tokenizer::Data::add(AddedToken token, const std::string& where) {
+  if (token.content.empty() || token.content.size() > 4096)
+    fail(where, ": content has ", token.content.size(), " bytes, expected 1 to 4096");
+  if (token.id < 0 || token.id >= kMostTokens)
+    fail(where, ": id is ", token.id, ", expected 0 to ", kMostTokens - 1);
+  if (const TokenId known = find(token.content); known >= 0 && known != token.id)
+    fail(where, ": id of \"", token.content, "\" is ", token.id, ", elsewhere ", known);
+  const auto index = static_cast<size_t>(token.id);
+  if (pieces.size() <= index) pieces.resize(index + 1);
+  if (pieces[index].kind != Piece::Kind::absent && find(token.content) != token.id)
+    fail(where, ": id ", token.id, " of \"", token.content, "\" belongs to another token");
+  if (!added_ids.emplace(token.content, token.id).second)
+    fail(where, ": \"", token.content, "\" stands twice");
+  pieces[index] = {Piece::Kind::text, token.content, token.special};
+  added.push_back(std::move(token));
+}
+
+void Tokenizer::Data::add_defaults() {
+  for (AddedToken& token : defaults) {
+    const auto index = static_cast<size_t>(token.id);
+    const bool free = index >= pieces.size() || pieces[index].kind == Piece::Kind::absent;
+    if (free && find(token.content) < 0) add(std::move(token), source);
+  }
+  defaults.clear();
+}
+
+TokenId Tokenizer::Data::find(std::string_view content) const {
+  const auto it = added_ids.find(content);
+  if (it != added_ids.end()) return it->second;
+  const auto known = bpe.vocab.find(content);
+  return known == bpe.vocab.end() ? -1 : known->second;
+}
+
 void Tokenizer::Data::finish() {
+  bpe.finish();
   std::stable_sort(added.begin(), added.end(), [](const AddedToken& a, const AddedToken& b) {
     return a.content.size() > b.content.size();
   });
   for (size_t i = 0; i < added.size(); ++i) {
-    const AddedToken& token = added[i];
-    added_by_first[static_cast<unsigned char>(token.content[0])].push_back(i);
-    if (pieces.size() <= static_cast<size_t>(token.id)) pieces.resize(static_cast<size_t>(token.id) + 1);
-    pieces[static_cast<size_t>(token.id)] = {Piece::Kind::text, token.content, token.special};
+    added_by_first[static_cast<unsigned char>(added[i].content[0])].push_back(i);
   }
 }
 
 void Tokenizer::Data::encode_plain(const std::string& text, bool first, std::vector<TokenId>& ids) const {
   if (text.empty()) return;
-  if (sentencepiece) {
-    std::vector<int> found;
-    const auto status = sentencepiece->Encode(text, &found);
-    if (!status.ok()) fail(source, ": ", status.ToString());
-    ids.insert(ids.end(), found.begin(), found.end());
-    return;
-  }
   std::vector<std::string> words = {text};
   for (const PreTokenizer& step : pre_tokenizers) words = step(std::move(words), first);
-  std::unordered_map<std::string, std::vector<TokenId>> seen;
-  for (const std::string& word : words) {
+  std::unordered_map<std::string_view, std::vector<TokenId>> seen;
+  const auto encode_word = [&](std::string_view word) {
     auto [it, fresh] = seen.try_emplace(word);
     if (fresh) bpe.encode(word, it->second);
     ids.insert(ids.end(), it->second.begin(), it->second.end());
+  };
+  for (const std::string& word : words) {
+    for (size_t begin = 0, end = 0; begin < word.size(); begin = end) {
+      end = bpe.cut_at_blank ? next_word(word, begin) : word.size();
+      encode_word(std::string_view(word).substr(begin, end - begin));
+    }
   }
 }
 
@@ -171,11 +193,7 @@ bool Tokenizer::adds_special() const {
 }
 
 TokenId Tokenizer::find(std::string_view content) const {
-  for (const AddedToken& token : data_->added) {
-    if (token.content == content) return token.id;
-  }
-  const auto it = data_->bpe.vocab.find(content);
-  return it == data_->bpe.vocab.end() ? -1 : it->second;
+  return data_->find(content);
 }
 
 TextStream::TextStream(const Tokenizer& tokenizer, bool skip_special)

@@ -1,7 +1,4 @@
-// Tokenizers that are not tokenizer.json: SentencePiece models, tiktoken ranks, vocabulary + merges; and what
-// tokenizer_config.json adds.
-#include <sentencepiece_processor.h>
-
+// Tokenizers of tiktoken ranks and of vocabulary + merges; and what tokenizer_config.json adds.
 #include <algorithm>
 #include <filesystem>
 #include <fstream>
@@ -14,8 +11,6 @@
 
 namespace larosa {
 namespace {
-
-constexpr size_t kMostTokens = 1 << 22;
 
 // Llama 3's pattern, as its reference tokenizer publishes it.
 constexpr const char* kLlama3Pattern =
@@ -43,40 +38,11 @@ std::string decode_base64(std::string_view text, const std::string& where) {
   return bytes;
 }
 
-void add_special(Tokenizer::Data& data, const std::string& content, TokenId id) {
-  data.added.push_back({content, id, true, false, false, false, false});
+AddedToken special(const std::string& content, TokenId id) {
+  return {content, id, true, false, false, false, false};
 }
 
 }  // namespace
-
-std::unique_ptr<Tokenizer::Data> load_sentencepiece(const std::string& path) {
-  auto data = std::make_unique<Tokenizer::Data>();
-  data->source = path;
-  auto processor = std::make_shared<sentencepiece::SentencePieceProcessor>();
-  const auto status = processor->Load(path);
-  if (!status.ok()) fail(path, ": not a SentencePiece model: ", status.ToString());
-  data->pieces.resize(static_cast<size_t>(processor->GetPieceSize()));
-  for (int id = 0; id < processor->GetPieceSize(); ++id) {
-    Piece& piece = data->pieces[static_cast<size_t>(id)];
-    std::string text = processor->IdToPiece(id);
-    if (processor->IsControl(id) || processor->IsUnknown(id)) {
-      if (!text.empty()) add_special(*data, text, id);
-      continue;
-    }
-    if (const auto byte = byte_token(text); byte && processor->IsByte(id)) {
-      piece = {Piece::Kind::byte, std::string(1, static_cast<char>(*byte)), false};
-      continue;
-    }
-    for (size_t at = 0; (at = text.find("\xe2\x96\x81", at)) != std::string::npos;) text.replace(at, 3, " ");
-    piece = {Piece::Kind::text, text, false};
-  }
-  data->bos = processor->bos_id();
-  data->eos = processor->eos_id();
-  if (data->bos >= 0) data->prefix = {data->bos};
-  data->strip_left = 1;  // the dummy blank that encoding puts in front
-  data->sentencepiece = std::move(processor);
-  return data;
-}
 
 std::unique_ptr<Tokenizer::Data> load_ranks(const std::string& path) {
   auto data = std::make_unique<Tokenizer::Data>();
@@ -92,7 +58,8 @@ std::unique_ptr<Tokenizer::Data> load_ranks(const std::string& path) {
     const auto id = static_cast<TokenId>(data->bpe.pieces.size());
     if (line.substr(blank + 1) != std::to_string(id))
       fail(where, ": rank ", line.substr(blank + 1), ", expected ", id);
-    if (data->bpe.pieces.size() >= kMostTokens) fail(where, ": more than ", kMostTokens, " ranks");
+    if (static_cast<int64_t>(data->bpe.pieces.size()) >= kMostTokens)
+      fail(where, ": more than ", kMostTokens, " ranks");
     if (!data->bpe.vocab.emplace(piece, id).second) fail(where, ": the token stands twice");
     data->bpe.pieces.push_back(piece);
     data->pieces.push_back({Piece::Kind::text, from_byte_alphabet(piece), false});
@@ -110,11 +77,12 @@ std::unique_ptr<Tokenizer::Data> load_ranks(const std::string& path) {
   auto id = static_cast<TokenId>(data->pieces.size());
   int reserved = 0;
   for (const std::string& name : names) {
-    add_special(*data, name.empty() ? "<|reserved_special_token_" + std::to_string(reserved++) + "|>" : name,
-                id++);
+    const bool named = !name.empty();
+    data->defaults.push_back(
+        special(named ? name : "<|reserved_special_token_" + std::to_string(reserved++) + "|>", id++));
   }
-  data->bos = data->added[0].id;
-  data->eos = data->added[1].id;
+  data->bos = data->defaults[0].id;
+  data->eos = data->defaults[1].id;
   data->prefix = {data->bos};
   return data;
 }
@@ -124,35 +92,27 @@ std::unique_ptr<Tokenizer::Data> load_vocab_merges(const std::string& vocab, con
   auto data = std::make_unique<Tokenizer::Data>();
   data->source = vocab;
   const nlohmann::json json = read_json(vocab);
-  for (const auto& [piece, id] : json.items()) {
-    if (!id.is_number_integer() || id.get<int64_t>() < 0 ||
-        id.get<int64_t>() >= static_cast<int64_t>(kMostTokens)) {
-      fail(vocab, ": \"", piece, "\" has id ", id.dump(), ", expected 0 to ", kMostTokens - 1);
-    }
-    const auto index = id.get<size_t>();
-    if (data->pieces.size() <= index) data->pieces.resize(index + 1);
-    if (data->pieces[index].kind != Piece::Kind::absent)
-      fail(vocab, ": \"", piece, "\": id ", index, " stands twice");
-    data->pieces[index] = {Piece::Kind::text, from_byte_alphabet(piece), false};
-    data->bpe.vocab.emplace(piece, static_cast<TokenId>(index));
-  }
-  if (data->pieces.empty()) fail(vocab, ": holds no tokens");
+  if (!json.is_object() || json.empty()) fail(vocab, ": expected an object of tokens");
+  read_vocab(json, vocab, *data);
+  for (Piece& piece : data->pieces) piece.bytes = from_byte_alphabet(piece.bytes);
   std::ifstream file(merges, std::ios::binary);
   if (!file) fail(merges, ": cannot be opened");
   std::string line;
   int32_t rank = 0;
+  data->bpe.merges.reserve(data->bpe.vocab.size());
   while (std::getline(file, line)) {
     if (line.ends_with('\r')) line.pop_back();
     if (line.empty() || (rank == 0 && line.starts_with("#version"))) continue;
     const size_t blank = line.find(' ');
     if (blank == std::string::npos) fail(merges, ": merge ", rank, ": expected two pieces");
-    add_merge(data->bpe, line.substr(0, blank), line.substr(blank + 1), rank, merges);
+    const std::string_view pieces = line;
+    add_merge(data->bpe, pieces.substr(0, blank), pieces.substr(blank + 1), rank, merges);
     ++rank;
   }
   data->pre_tokenizers = {byte_level(qwen ? kQwen2Pattern : kGpt2Pattern, false, vocab)};
   if (qwen) data->normalizers = {[](std::string text) { return normalized(text, NormalForm::nfc); }};
   if (const auto it = data->bpe.vocab.find("<|endoftext|>"); it != data->bpe.vocab.end()) {
-    add_special(*data, "<|endoftext|>", it->second);
+    data->defaults.push_back(special("<|endoftext|>", it->second));
     data->bos = data->eos = it->second;
     if (qwen) data->bos = -1;
   }
@@ -172,23 +132,22 @@ std::string token_content(const nlohmann::json& json, const char* name) {
 
 void read_added_tokens(const nlohmann::json& config, const std::string& path, Tokenizer::Data& data) {
   const auto decoder = config.find("added_tokens_decoder");
-  if (decoder == config.end() || !decoder->is_object()) return;
+  if (decoder == config.end() || decoder->is_null()) return;
+  if (!decoder->is_object()) fail(path, ": added_tokens_decoder: expected an object");
   for (const auto& [key, value] : decoder->items()) {
     const bool digits = !key.empty() && key.size() <= 7 &&
                         std::all_of(key.begin(), key.end(), [](char c) { return c >= '0' && c <= '9'; });
     if (!digits || !value.is_object()) fail(path, ": added_tokens_decoder: \"", key, "\" is not a token id");
-    const std::string content = token_content(nlohmann::json{{"t", value}}, "t");
-    if (content.empty()) fail(path, ": added_tokens_decoder: ", key, ": content is empty");
-    const auto known = [&](const AddedToken& t) { return t.content == content; };
-    if (std::any_of(data.added.begin(), data.added.end(), known)) continue;
-    const auto flag = [&](const char* name) {
-      return value.contains(name) && value[name].is_boolean() && value[name].get<bool>();
-    };
+    const std::string where = path + ": added_tokens_decoder." + key;
+    const Fields fields(value, path, "added_tokens_decoder." + key + ".");
+    const std::string content = fields.text("content");
     const auto id = static_cast<TokenId>(std::stoi(key));
-    if (static_cast<size_t>(id) >= kMostTokens)
-      fail(path, ": added_tokens_decoder: id ", key, " is too large");
-    data.added.push_back({content, id, flag("special"), flag("lstrip"), flag("rstrip"), flag("single_word"),
-                          flag("normalized")});
+    const auto known = data.added_ids.find(content);
+    if (known != data.added_ids.end() && known->second == id) continue;
+    data.add({content, id, fields.boolean_or("special", false), fields.boolean_or("lstrip", false),
+              fields.boolean_or("rstrip", false), fields.boolean_or("single_word", false),
+              fields.boolean_or("normalized", false)},
+             where);
   }
 }
 
@@ -196,22 +155,30 @@ void read_added_tokens(const nlohmann::json& config, const std::string& path, To
 
 void read_tokenizer_config(const std::string& dir, Tokenizer::Data& data) {
   namespace fs = std::filesystem;
+  std::vector<std::pair<std::string, nlohmann::json>> configs;
   for (const char* name : {"special_tokens_map.json", "tokenizer_config.json"}) {
     const std::string path = (fs::path(dir) / name).string();
     if (!fs::exists(path)) continue;
-    const nlohmann::json config = read_json(path);
-    read_added_tokens(config, path, data);
-    const auto find = [&](const std::string& content) -> TokenId {
-      for (const AddedToken& token : data.added) {
-        if (token.content == content) return token.id;
-      }
-      const auto it = data.bpe.vocab.find(content);
-      return it == data.bpe.vocab.end() ? -1 : it->second;
+    configs.emplace_back(path, read_json(path));
+    if (!configs.back().second.is_object()) fail(path, ": expected an object");
+    read_added_tokens(configs.back().second, path, data);
+  }
+  data.add_defaults();
+  bool add_bos = true, add_eos = false;
+  for (const auto& [path, config] : configs) {
+    const Fields fields(config, path);
+    const auto named = [&](const char* name, TokenId& id) {
+      const TokenId found = data.find(token_content(config, name));
+      if (found >= 0) id = found;
     };
-    if (const std::string bos = token_content(config, "bos_token"); !bos.empty() && find(bos) >= 0)
-      data.bos = find(bos);
-    if (const std::string eos = token_content(config, "eos_token"); !eos.empty() && find(eos) >= 0)
-      data.eos = find(eos);
+    named("bos_token", data.bos);
+    named("eos_token", data.eos);
+    add_bos = fields.boolean_or("add_bos_token", add_bos);
+    add_eos = fields.boolean_or("add_eos_token", add_eos);
+  }
+  if (data.config_adds) {
+    if (add_bos && data.bos >= 0) data.prefix = {data.bos};
+    if (add_eos && data.eos >= 0) data.suffix = {data.eos};
   }
 }
 

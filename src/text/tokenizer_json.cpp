@@ -12,8 +12,7 @@ namespace larosa {
 namespace {
 
 using nlohmann::json;
-constexpr int64_t kMostTokens = 1 << 22;
-constexpr const char* kMeta = "\xe2\x96\x81";  // ▁, SentencePiece's blank
+const std::string kMeta(kBlank);
 
 /// A component of the file with its place, for messages.
 struct Node {
@@ -81,11 +80,31 @@ void read_normalizer(const Node& node, std::vector<Normalizer>& steps) {
     });
   } else if (type == "Replace") {
     const Node pattern = node.at("pattern");
-    if (!pattern.has("String")) fail(pattern.where, ": only String patterns are supported");
+    if (pattern.has("Regex")) {
+      steps.push_back([regex = Regex(pattern.at("Regex").text(), pattern.where),
+                       to = node.at("content").text()](std::string text) {
+        std::string result;
+        size_t last = 0;
+        regex.each_match(text, [&](size_t begin, size_t end) {
+          result.append(text, last, begin - last).append(to);
+          last = end;
+        });
+        return result.append(text, last, std::string::npos);
+      });
+      return;
+    }
     steps.push_back([from = pattern.at("String").text(), to = node.at("content").text()](std::string text) {
       replace_all(text, from, to);
       return text;
     });
+  } else if (type == "Strip") {
+    steps.push_back(
+        [left = node.flag("strip_left", true), right = node.flag("strip_right", true)](std::string text) {
+          std::string_view kept = text;
+          if (left) kept = stripped_left(kept);
+          if (right) kept = stripped_right(kept);
+          return std::string(kept);
+        });
   } else {
     node.unknown();
   }
@@ -210,31 +229,26 @@ void read_model(const Node& model, Tokenizer::Data& data) {
   }
   const Node vocab = model.at("vocab");
   if (!vocab.value.is_object() || vocab.value.empty()) fail(vocab.where, ": expected an object of tokens");
-  for (const auto& [piece, value] : vocab.value.items()) {
-    const int64_t id = Node{value, vocab.where + "[\"" + piece + "\"]"}.whole(0, kMostTokens - 1);
-    const auto index = static_cast<size_t>(id);
-    if (data.pieces.size() <= index) data.pieces.resize(index + 1);
-    if (data.pieces[index].kind != Piece::Kind::absent)
-      fail(vocab.where, "[\"", piece, "\"]: id ", id, " stands twice");
-    data.pieces[index] = {Piece::Kind::text, piece, false};
-    data.bpe.vocab.emplace(piece, static_cast<TokenId>(id));
-  }
+  read_vocab(vocab.value, vocab.where, data);
+  const Node merges = model.at("merges");
+  if (!merges.value.is_array()) fail(merges.where, ": expected a list");
+  data.bpe.merges.reserve(merges.value.size());
   int32_t rank = 0;
-  for (const json& merge : model.at("merges").value) {
-    std::string left, right;
+  for (const json& merge : merges.value) {
+    std::string_view left, right;
     if (merge.is_string()) {
-      const auto& text = merge.get_ref<const std::string&>();
+      const std::string_view text = merge.get_ref<const std::string&>();
       const size_t blank = text.find(' ');
-      if (blank == std::string::npos) fail(model.where, ".merges[", rank, "]: expected two pieces");
+      if (blank == text.npos) fail(merges.where, "[", rank, "]: expected two pieces");
       left = text.substr(0, blank);
       right = text.substr(blank + 1);
     } else if (merge.is_array() && merge.size() == 2 && merge[0].is_string() && merge[1].is_string()) {
-      left = merge[0].get<std::string>();
-      right = merge[1].get<std::string>();
+      left = merge[0].get_ref<const std::string&>();
+      right = merge[1].get_ref<const std::string&>();
     } else {
-      fail(model.where, ".merges[", rank, "]: expected two pieces");
+      fail(merges.where, "[", rank, "]: expected two pieces");
     }
-    add_merge(data.bpe, left, right, rank++, model.where + ".merges");
+    add_merge(data.bpe, left, right, rank++, merges.where);
   }
   data.bpe.ignore_merges = model.flag("ignore_merges", false);
   data.bpe.fuse_unknown = model.flag("fuse_unk", false);
@@ -260,25 +274,19 @@ void read_added(const Node& root, Tokenizer::Data& data) {
     AddedToken token;
     token.content = node.at("content").text();
     token.id = static_cast<TokenId>(node.at("id").whole(0, kMostTokens - 1));
-    if (token.content.empty() || token.content.size() > 4096)
-      fail(node.where, ".content: expected 1 to 4096 bytes");
     token.special = node.flag("special", false);
     token.lstrip = node.flag("lstrip", false);
     token.rstrip = node.flag("rstrip", false);
     token.single_word = node.flag("single_word", false);
     token.normalized = node.flag("normalized", !token.special);
-    data.added.push_back(std::move(token));
+    data.add(std::move(token), node.where);
   }
 }
 
 TokenId token_id(const Node& node, const Tokenizer::Data& data) {
-  const std::string content = node.text();
-  for (const AddedToken& token : data.added) {
-    if (token.content == content) return token.id;
-  }
-  const auto it = data.bpe.vocab.find(content);
-  if (it == data.bpe.vocab.end()) fail(node.where, ": token \"", content, "\" is unknown");
-  return it->second;
+  const TokenId id = data.find(node.text());
+  if (id < 0) fail(node.where, ": token \"", node.text(), "\" is unknown");
+  return id;
 }
 
 void read_post_processor(const Node& node, Tokenizer::Data& data) {

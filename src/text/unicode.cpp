@@ -80,6 +80,55 @@ uint32_t code_point_at(std::string_view text, size_t i, size_t length) {
   return static_cast<uint32_t>(c);
 }
 
+uint32_t first_character(std::string_view text) {
+  return text.empty() ? 0 : code_point_at(text, 0, utf8_length(text, 0));
+}
+
+uint32_t last_character(std::string_view text) {
+  size_t i = text.size();
+  while (i > 0 && (static_cast<uint8_t>(text[--i]) & 0xc0) == 0x80) continue;
+  return first_character(text.substr(i));
+}
+
+bool is_space(uint32_t c) {
+  return (c >= 0x09 && c <= 0x0d) || c == ' ' || c == 0x85 || c == 0xa0 || c == 0x1680 ||
+         (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
+         c == 0x3000;
+}
+
+bool is_word(uint32_t c) {
+  switch (utf8proc_category(static_cast<utf8proc_int32_t>(c))) {
+    case UTF8PROC_CATEGORY_LU:
+    case UTF8PROC_CATEGORY_LL:
+    case UTF8PROC_CATEGORY_LT:
+    case UTF8PROC_CATEGORY_LM:
+    case UTF8PROC_CATEGORY_LO:
+    case UTF8PROC_CATEGORY_MN:
+    case UTF8PROC_CATEGORY_MC:
+    case UTF8PROC_CATEGORY_ME:
+    case UTF8PROC_CATEGORY_ND:
+    case UTF8PROC_CATEGORY_NL:
+    case UTF8PROC_CATEGORY_PC:
+      return true;
+    default:  // the joiners, and symbols that count as letters
+      return c == 0x200c || c == 0x200d || (c >= 0x24b6 && c <= 0x24e9) || (c >= 0x1f130 && c <= 0x1f149) ||
+             (c >= 0x1f150 && c <= 0x1f169) || (c >= 0x1f170 && c <= 0x1f189);
+  }
+}
+
+std::string_view stripped_left(std::string_view text) {
+  while (!text.empty() && is_space(first_character(text))) text.remove_prefix(utf8_length(text, 0));
+  return text;
+}
+
+std::string_view stripped_right(std::string_view text) {
+  while (!text.empty() && is_space(last_character(text))) {
+    while ((static_cast<uint8_t>(text.back()) & 0xc0) == 0x80) text.remove_suffix(1);
+    text.remove_suffix(1);
+  }
+  return text;
+}
+
 std::string normalized(const std::string& text, NormalForm form) {
   int options = UTF8PROC_STABLE;
   options |= form == NormalForm::nfc || form == NormalForm::nfkc ? UTF8PROC_COMPOSE : UTF8PROC_DECOMPOSE;
