@@ -35,8 +35,9 @@ def oracle(folder):
                      9: "<|eot_id|>"}
             return TikTokenConverter(str(path), extra_special_tokens=[names.get(i) or next(reserved)
                                                                       for i in range(256)]).converted()
-        from transformers import LlamaTokenizer
-        tokenizer = LlamaTokenizer.from_pretrained(folder).backend_tokenizer
+        # The class LlamaTokenizer of transformers 5 loses the scores of a bare model; what AutoTokenizer makes keeps them.
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder).backend_tokenizer
         # The text steps of the tokenizer.json that Llama 2, Mistral and TinyLlama publish.
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         parts = json.loads(tokenizer.to_str()) | {"pre_tokenizer": None}
@@ -59,6 +60,8 @@ def slices(texts, count, longest, rng):
 
 
 def cases(tokenizer, inputs):
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     for text in inputs:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         yield {"text": text, "ids": ids, "decoded": tokenizer.decode(ids, skip_special_tokens=False)}

@@ -251,19 +251,17 @@ TEST_F(TokenizerFiles, DamagedFiles) {
 
 /// Flipped bytes: a tokenizer that works, or an Error naming the file.
 TEST_F(TokenizerFiles, RandomDamageIsHarmless) {
-  const std::string valid = file_bytes(demo_model() + "/tokenizer.json");
+  const std::string demo = file_bytes(demo_model() + "/tokenizer.json"), small = small_tokenizer().dump();
   std::mt19937 engine(1);
   int loaded = 0, refused = 0;
-  for (int round = 0; round < 300; ++round) {
-    std::string text = valid;
-    // Half the damage strikes the head and the tail, where the components stand.
-    const size_t place = round % 2 ? engine() % text.size() : engine() % 4000;
-    text[round % 4 == 2 ? text.size() - 1 - place : place] =
-        round % 3 ? static_cast<char>(engine()) : "0123456789abcdeftrunls"[engine() % 22];
+  for (int round = 0; round < 1200; ++round) {
+    std::string text = round % 4 == 0 ? demo : small;
+    const char flipped[] = {static_cast<char>(engine()), "0123456789abcdeftrunls"[engine() % 22]};
+    text[engine() % text.size()] = flipped[engine() % 2];
     write("tokenizer.json", text);
     try {
       const Tokenizer tokenizer = Tokenizer::load(dir_ / "");
-      const Ids ids = tokenizer.encode("The quick  brown fox<|begin_of_text|>é👍\n", true);
+      const Ids ids = tokenizer.encode("The quick  brown fox<|begin_of_text|>é👍\n ab<s>", true);
       EXPECT_EQ(streamed(tokenizer, ids), tokenizer.decode(ids, false));
       ++loaded;
     } catch (const Error& e) {
@@ -271,8 +269,8 @@ TEST_F(TokenizerFiles, RandomDamageIsHarmless) {
       ++refused;
     }
   }
-  EXPECT_GT(loaded, 10);
-  EXPECT_GT(refused, 100);
+  EXPECT_GT(loaded, 50);
+  EXPECT_GT(refused, 300);
 }
 
 std::string field(int number, const std::string& bytes) {

@@ -62,7 +62,9 @@ void Tokenizer::Data::add_defaults() {
   for (AddedToken& token : defaults) {
     const auto index = static_cast<size_t>(token.id);
     const bool free = index >= pieces.size() || pieces[index].kind == Piece::Kind::absent;
-    if (free && find(token.content) < 0) add(std::move(token), source);
+    const TokenId known = find(token.content);
+    const bool same = known == token.id && !added_ids.contains(token.content);
+    if (same || (free && known < 0)) add(std::move(token), source);
   }
   defaults.clear();
 }
