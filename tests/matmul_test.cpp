@@ -108,5 +108,16 @@ TEST(Matmul, ThreadsChangeNoBit) {
   }
 }
 
+TEST(Matmul, RotationsAreFloat32WhateverTheProducts) {
+  const ProductCase c(17, {96, 96}, DType::f32, Layout::channels, false, false);
+  const Cpu wide(isas().front(), 2, Products::f32), narrow(isas().front(), 2, Products::bf16);
+  const Rows expected(17, 96), found(17, 96);
+  wide->rotate(c.x.mat, c.weights[0].weight, expected.mat);
+  narrow->rotate(c.x.mat, c.weights[0].weight, found.mat);
+  EXPECT_EQ(bits_differ(found.mat, expected.mat), 0);
+  const auto product = c.run(*narrow.backend);
+  EXPECT_GT(bits_differ(product[0].mat, expected.mat), 0);
+}
+
 }  // namespace
 }  // namespace larosa

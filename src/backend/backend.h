@@ -44,7 +44,7 @@ struct Product {
   bool accumulate = false;
 };
 
-/// Arithmetic of dense products over many rows. Decoding (one row) is float32 either way.
+/// Arithmetic of dense products over many rows. Decoding (one row) and rotate are float32 either way.
 enum class Products { f32, bf16 };
 
 class Backend {
@@ -73,7 +73,8 @@ class Backend {
   /// For every product: y = x Wᵀ (+ bias) (+ y).               x (T, D); y (T, N); x aliases no y
   virtual void matmul(Mat x, std::span<const Product> products) = 0;
 
-  /// y = x R, a dense change of basis of the stream.           x, y (T, D), no alias; R (D, D) channels
+  /// y = x R, a change of basis of the stream or of an activation, in float32 whatever Products says.
+  /// x, y (T, D), no alias; R (D, D) channels (rows: R transposed)
   virtual void rotate(Mat x, const Weight& basis, Mat y) = 0;
 
   /// Keeps, in every row, the `keep` entries of largest |x[t,i]|·scale[i]; among equals the lower index.

@@ -56,15 +56,15 @@ void sgemm(bool transposed, int64_t m, int64_t n, int64_t k, float alpha, const 
         dnnl_success);
 }
 
-Matmul::Matmul(Products arithmetic, const Kernels& kernels, ThreadPool& pool)
-    : arithmetic_(arithmetic),
-      kernels_(kernels),
+Matmul::Matmul(const Kernels& kernels, ThreadPool& pool)
+    : kernels_(kernels),
       pool_(pool),
       native_bf16_(onednn_has_bf16()),
       engine_(dnnl::engine::kind::cpu, 0),
       scratch_(static_cast<size_t>(pool.size())) {}
 
-void Matmul::run(Mat x, std::span<const Product> products) {
+void Matmul::run(Mat x, std::span<const Product> products, Products arithmetic) {
+  arithmetic_ = arithmetic;
   tiles_.clear();
   for (const Product& p : products) {
     CHECK(p.weight.in == x.cols && p.y.cols == p.weight.out && p.y.rows == x.rows);

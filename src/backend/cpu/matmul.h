@@ -22,10 +22,10 @@ void sgemm(bool transposed, int64_t m, int64_t n, int64_t k, float alpha, const 
 
 class Matmul {
  public:
-  Matmul(Products arithmetic, const Kernels& kernels, ThreadPool& pool);
+  Matmul(const Kernels& kernels, ThreadPool& pool);
 
   /// For every product: y = x Wᵀ (+ bias) (+ y).     x (T, D)
-  void run(Mat x, std::span<const Product> products);
+  void run(Mat x, std::span<const Product> products, Products arithmetic);
 
  private:
   struct Tile {
@@ -51,7 +51,7 @@ class Matmul {
   void narrow_panel(const Weight& w, const Tile& tile, int64_t k0, int64_t k, Scratch& scratch) const;
   Primitive primitive(const Shape& shape);
 
-  const Products arithmetic_;
+  Products arithmetic_ = Products::f32;  // of the run in progress
   const Kernels& kernels_;
   ThreadPool& pool_;
   const bool native_bf16_;
