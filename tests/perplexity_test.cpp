@@ -168,6 +168,10 @@ TEST_F(Perplexity, RefusesTextsTooShortAndForeignTokens) {
   EXPECT_THROW(measure(tokens_, options), Error);
   tokens_.resize(40, 1 << 20);
   EXPECT_THROW(measure(tokens_, options), Error);
+  tokens_ = part(0, 39);
+  tokens_.resize(40);
+  options.dense_prompt = 0.99;
+  EXPECT_THROW(measure(tokens_, options), Error);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // larosa: one binary, one row per command.
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <new>
@@ -47,8 +48,13 @@ int main_checked(int argc, char** argv) {
   }
   try {
     app.parse(argc, argv);
+  } catch (const CLI::Success& e) {  // --help, --version
+    return app.exit(e);
   } catch (const CLI::ParseError& e) {
-    return app.exit(e) == 0 ? 0 : 1;
+    std::string line = e.what();
+    std::replace(line.begin(), line.end(), '\n', ' ');
+    const auto used = app.get_subcommands();
+    fail(line, " (larosa ", used.empty() ? "" : used[0]->get_name() + " ", "--help)");
   }
   return code;
 }

@@ -71,8 +71,9 @@ int run(const Flags& f) {
   std::optional<Model> reference;
   if (!f.against.empty()) reference = load_model(f.against);
   if (f.check_tensors) model.checkpoint->check_finite();
+  if (f.check_tensors && reference) reference->checkpoint->check_finite();
   PerplexityOptions options;
-  options.context = f.context > 0 ? f.context : std::min(protocol.context, model.config.context);
+  options.context = f.context != 0 ? f.context : std::min(protocol.context, model.config.context);
   if (options.context < 2 || options.context > model.config.context) {
     fail("-c ", options.context, ": expected 2 to the model's context of ", model.config.context);
   }

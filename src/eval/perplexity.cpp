@@ -165,6 +165,9 @@ PerplexityResult perplexity(const Model& model, const Model* reference, Backend&
     ++windows;
   if (windows < 1) fail("the text has ", size, " tokens, one window needs ", context);
   if (options.most_windows > 0) windows = std::min(windows, options.most_windows);
+  const double unscored = std::max(options.dense_prompt, options.skipped_share);
+  if (static_cast<int64_t>(unscored * static_cast<double>(context)) + 1 >= context)
+    fail("nothing is left to score: ", unscored, " of each window of ", context, " tokens is not");
   if (reference && reference->config.vocab != vocab) {
     fail("--against: its vocabulary has ", reference->config.vocab, " tokens, the model's ", vocab);
   }
