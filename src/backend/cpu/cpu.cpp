@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <sstream>
 #include <vector>
 
@@ -20,15 +22,60 @@ namespace {
 
 // Up to here the rows go through the decoding kernels one by one, beyond it oneDNN wins.
 constexpr int64_t kFewRows = 2;
+constexpr int64_t kPage = 4096;
 constexpr int64_t kSlack = 64;  // kernels may write one vector past the last kept entry
 
-/// One row: the list of what was kept. Several: the rows themselves with zeros, as oneDNN wants them.
+/// Floats aligned to a cache line.
+class AlignedFloats {
+ public:
+  float* at_least(int64_t n) {
+    constexpr size_t kLine = 64;
+    if (n > size_) {
+      memory_.reset(static_cast<float*>(
+          std::aligned_alloc(kLine, (static_cast<size_t>(n) * 4 + kLine - 1) / kLine * kLine)));
+      CHECK(memory_ != nullptr);
+      size_ = n;
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  std::unique_ptr<float[], Free> memory_;
+  int64_t size_ = 0;
+};
+
+/// Room for the lists of both chains.
+class ChannelLists {
+ public:
+  ChannelList* at_least(int64_t channels) {
+    const size_t size = static_cast<size_t>(channels + kSlack);
+    for (int64_t c = 0; c < kChains; ++c) {
+      if (index_[c].size() < size) {
+        index_[c].resize(size);
+        value_[c].resize(size);
+      }
+      lists_[c].index = index_[c].data();
+      lists_[c].value = value_[c].data();
+    }
+    return lists_;
+  }
+  const ChannelList* lists() const { return lists_; }
+  int64_t count() const { return lists_[0].count + lists_[1].count; }
+
+ private:
+  std::vector<int32_t> index_[kChains];
+  std::vector<float> value_[kChains];
+  ChannelList lists_[kChains] = {};
+};
+
+/// One row: the lists of what was kept. Several: the rows themselves with zeros, as oneDNN wants them.
 class CpuSelection final : public Selection {
  public:
   CpuSelection(int64_t most_rows, int64_t most_cols) : max_rows(most_rows), max_cols(most_cols) {
-    const size_t size = static_cast<size_t>(most_cols + kSlack);
-    index.resize(size);
-    value.resize(size);
+    channels.at_least(most_cols);
   }
   void reset(int64_t r, int64_t c) {
     CHECK(r <= max_rows && c <= max_cols);
@@ -40,9 +87,8 @@ class CpuSelection final : public Selection {
 
   const int64_t max_rows, max_cols;
   int64_t rows = 0, cols = 0, kept = 0;
-  std::vector<int32_t> index;  // (kept) ascending; one row
-  std::vector<float> value;    // (kept)
-  std::vector<float> masked;   // (rows, cols); several rows
+  ChannelLists channels;      // one row
+  std::vector<float> masked;  // (rows, cols); several rows
 };
 
 class CpuBackend final : public Backend {
@@ -185,7 +231,8 @@ class CpuBackend final : public Backend {
       kernels_.make_keys(x.row(t), scale, x.cols, keys.data());
       const Cut cut = find_cut(keys.data(), keys.data() + room);
       if (x.rows == 1) {
-        s.kept = kernels_.take_list(x.row(t), keys.data(), x.cols, cut, s.index.data(), s.value.data());
+        kernels_.take_lists(x.row(t), keys.data(), x.cols, cut, s.channels.at_least(x.cols));
+        s.kept = s.channels.count();
       } else {
         counts[static_cast<size_t>(thread)] +=
             kernels_.take_masked(x.row(t), keys.data(), x.cols, cut, s.mat().row(t));
@@ -198,55 +245,123 @@ class CpuBackend final : public Backend {
 
   static void scatter(const CpuSelection& s, float* y) {
     std::fill_n(y, s.cols, 0.0f);
-    for (int64_t c = 0; c < s.kept; ++c) y[s.index[static_cast<size_t>(c)]] = s.value[static_cast<size_t>(c)];
+    for (int64_t chain = 0; chain < kChains; ++chain) {
+      const ChannelList& list = s.channels.lists()[chain];
+      for (int64_t c = 0; c < list.count; ++c) y[list.index[c]] = list.value[c];
+    }
   }
 
-  /// The decoding product: row t of every y, from a dense row or from what a one-row selection kept. The
-  /// outputs of all products together are cut into even shares of bytes, one per thread: one barrier for all
-  /// of them.
+  /// The lists that keep every channel of a dense row.
+  const ChannelList* every_channel(const float* x, int64_t cols) {
+    ChannelList* lists = every_.at_least(cols);
+    for (int64_t chain = 0; chain < kChains; ++chain) lists[chain].count = 0;
+    for (int64_t first = 0; first < cols; first += kChainBlock) {
+      ChannelList& list = lists[chain_of(first)];
+      const int64_t n = std::min(kChainBlock, cols - first);
+      for (int64_t i = 0; i < n; ++i) list.index[list.count + i] = static_cast<int32_t>(first + i);
+      std::copy_n(x + first, n, list.value + list.count);
+      list.count += n;
+    }
+    return lists;
+  }
+
+  /// The decoding product: row t of every y, from a dense row or from what a one-row selection kept.
   void one_row(const float* x, int64_t cols, const CpuSelection* kept, std::span<const Product> products,
                int64_t t) {
-    int64_t total = 0;
+    for (const Product& p : products) CHECK(p.weight.in == cols && p.y.cols == p.weight.out);
+    const bool channels = std::any_of(products.begin(), products.end(),
+                                      [](const Product& p) { return p.weight.layout == Layout::channels; });
+    const ChannelList* lists = !channels ? nullptr : kept ? kept->channels.lists() : every_channel(x, cols);
+    pack_rows(x, cols, kept, products);
+    // Narrow: a thread's share of a row would be less than a page; pairs of threads share outputs and each
+    // takes a chain. bf16 8192 → 2048 on two threads: 74 % of the read bandwidth by outputs, see
+    // docs/numerics.md.
+    const int threads = pool_.size();
+    int64_t row_bytes = 0;
+    for (const Product& p : products)
+      row_bytes = std::max(row_bytes, p.weight.out * dtype_size(p.weight.dtype));
+    const bool by_chain = channels && threads % kChains == 0 && row_bytes < kPage * threads;
+    const int64_t groups = by_chain ? threads / kChains : threads;
+    const int64_t outputs = padded_outputs(products);
+    float* parts[kChains];
+    for (int64_t c = 0; c < kChains; ++c) parts[c] = parts_[c].at_least(outputs);
+
+    pool_.run([&](int thread) {
+      const int64_t group = by_chain ? thread / kChains : thread;
+      each_range(products, group, groups, [&](const Product& p, int64_t base, int64_t begin, int64_t end) {
+        if (p.weight.layout == Layout::rows) {
+          // Cut once more where pairs share a range.
+          const int64_t half = by_chain ? (begin + end) / 2 : begin;
+          const bool second = by_chain && thread % kChains == 1;
+          kernels_.gemv_rows(p.weight, packed_[p.weight.dtype == DType::bf16].data(),
+                             second || !by_chain ? half : begin, by_chain && !second ? half : end,
+                             p.accumulate, p.y.row(t));
+          return;
+        }
+        for (int64_t c = 0; c < kChains; ++c) {
+          if (by_chain && c != thread % kChains) continue;
+          kernels_.gemv_chain(p.weight, lists[c].index, lists[c].value, lists[c].count, begin, end,
+                              parts[c] + base + begin);
+        }
+        if (!by_chain) join(p, parts, base, begin, end, t);
+      });
+    });
+    if (!by_chain) return;
+    pool_.run([&](int thread) {
+      each_range(products, thread, threads, [&](const Product& p, int64_t base, int64_t begin, int64_t end) {
+        if (p.weight.layout == Layout::channels) join(p, parts, base, begin, end, t);
+      });
+    });
+  }
+
+  void join(const Product& p, float* const* parts, int64_t base, int64_t begin, int64_t end, int64_t t) {
+    kernels_.gemv_join(p.weight, parts[0] + base + begin, parts[1] + base + begin, begin, end, p.accumulate,
+                       p.y.row(t));
+  }
+
+  static int64_t padded(int64_t outputs) { return (outputs + 63) / 64 * 64; }
+  static int64_t padded_outputs(std::span<const Product> products) {
+    int64_t sum = 0;
+    for (const Product& p : products) sum += padded(p.weight.out);
+    return sum;
+  }
+
+  /// body(product, base, begin, end) for the outputs of share `share` of `shares`: all outputs together cut
+  /// into even shares of bytes, at whole cache lines, so that no line of y or of a channel is shared. `base`:
+  /// padded outputs of the products before.
+  template <class Body>
+  static void each_range(std::span<const Product> products, int64_t share, int64_t shares, const Body& body) {
+    int64_t total = 0, bytes = 0, base = 0;
+    for (const Product& p : products) total += p.weight.out * dtype_size(p.weight.dtype);
+    const int64_t low = total * share / shares, high = total * (share + 1) / shares;
+    for (const Product& p : products) {
+      const int64_t size = dtype_size(p.weight.dtype), out = p.weight.out;
+      const auto output = [&](int64_t byte) {
+        return std::clamp<int64_t>(padded((byte - bytes) / size), 0, out);
+      };
+      const int64_t begin = output(low), end = share + 1 == shares ? out : output(high);
+      if (begin < end) body(p, base, begin, end);
+      bytes += out * size;
+      base += padded(out);
+    }
+  }
+
+  /// The row as gemv_rows wants it, for the element types among the products in rows layout.
+  void pack_rows(const float* x, int64_t cols, const CpuSelection* kept, std::span<const Product> products) {
     bool packed[2] = {false, false};
     for (const Product& p : products) {
-      CHECK(p.weight.in == cols && p.y.cols == p.weight.out);
-      total += p.weight.out * dtype_size(p.weight.dtype);
       bool& done = packed[p.weight.dtype == DType::bf16];
-      if (p.weight.layout == Layout::rows && !done) {
-        if (!x) {
-          dense_.resize(std::max(dense_.size(), static_cast<size_t>(cols)));
-          scatter(*kept, dense_.data());
-          x = dense_.data();
-        }
-        std::vector<float>& row = packed_[p.weight.dtype == DType::bf16];
-        row.resize(std::max(row.size(), static_cast<size_t>(kernels_.packed_size(cols))));
-        kernels_.pack_input(x, p.weight.dtype, cols, row.data());
-        done = true;
+      if (p.weight.layout != Layout::rows || done) continue;
+      if (!x) {
+        dense_.resize(std::max(dense_.size(), static_cast<size_t>(cols)));
+        scatter(*kept, dense_.data());
+        x = dense_.data();
       }
+      std::vector<float>& row = packed_[p.weight.dtype == DType::bf16];
+      row.resize(std::max(row.size(), static_cast<size_t>(kernels_.packed_size(cols))));
+      kernels_.pack_input(x, p.weight.dtype, cols, row.data());
+      done = true;
     }
-    const int32_t* index = kept ? kept->index.data() : nullptr;
-    const float* value = kept ? kept->value.data() : x;
-    const int64_t count = kept ? kept->kept : cols;
-    pool_.run([&](int thread) {
-      const int64_t low = total * thread / pool_.size(), high = total * (thread + 1) / pool_.size();
-      int64_t base = 0;
-      for (const Product& p : products) {
-        const Weight& w = p.weight;
-        const int64_t size = dtype_size(w.dtype);
-        // Whole cache lines, so that no line of y or of a channel is shared.
-        const auto output = [&](int64_t byte) {
-          return std::clamp<int64_t>(((byte - base) / size + 63) / 64 * 64, 0, w.out);
-        };
-        const int64_t begin = output(low), end = thread + 1 == pool_.size() ? w.out : output(high);
-        base += w.out * size;
-        if (begin >= end) continue;
-        if (w.layout == Layout::channels) {
-          kernels_.gemv_channels(w, index, value, count, begin, end, p.accumulate, p.y.row(t));
-        } else {
-          kernels_.gemv_rows(w, packed_[w.dtype == DType::bf16].data(), begin, end, p.accumulate, p.y.row(t));
-        }
-      }
-    });
   }
 
   /// Layers ask for the same positions one after another: the angles are kept.
@@ -276,6 +391,8 @@ class CpuBackend final : public Backend {
   Matmul matmul_;
   Attention attention_;
   std::vector<std::vector<int32_t>> keys_;  // per thread: keys and work of a selection
+  ChannelLists every_;                      // of a dense row
+  AlignedFloats parts_[kChains];            // sums of each chain, all products of a call
   std::vector<float> dense_;                // one row of a selection, for weights in rows layout
   std::vector<float> packed_[2];            // one row as gemv_rows wants it; [1] for bf16
   std::vector<float> cosine_, sine_;        // (angle_rows_, half)

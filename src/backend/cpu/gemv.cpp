@@ -1,7 +1,7 @@
 // One row times a weight, bound by memory. Channels layout: several channels per pass over the outputs, whose
-// accumulators stay in the first-level cache; every output is one chain of multiply-adds in channel order, so
-// that leaving out a zero channel changes no bit and threads may cut the outputs anywhere. Rows layout: dot
-// products.
+// accumulators stay in the first-level cache; every output is one chain of multiply-adds per ChannelList, in
+// its order, so that leaving out a zero channel changes no bit and threads may cut the outputs anywhere. Rows
+// layout: dot products.
 #include "backend/cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -56,41 +56,19 @@ HWY_INLINE void add_channels(const typename Format::Stored* const* w,
   hn::Store(b, d, acc + j + lanes());
 }
 
-/// y = acc (+ bias) (+ y), acc in Pair order.
 template <class Format>
-HWY_INLINE void finish(const float* acc, const float* bias, bool accumulate, int64_t n, float* y) {
-  const FloatTag d;
-  const int64_t step = 2 * lanes();
-  HWY_ALIGN float ordered[2 * hn::MaxLanes(FloatTag())];
-  for (int64_t j = 0; j < n; j += step) {
-    const float* from = acc + j;
-    if (Format::kEvenOdd) {
-      hn::StoreInterleaved2(hn::Load(d, acc + j), hn::Load(d, acc + j + lanes()), d, ordered);
-      from = ordered;
-    }
-    for (int64_t part = 0; part < step && j + part < n; part += lanes()) {
-      const int64_t at = j + part, left = n - at;
-      Floats v = hn::Load(d, from + part);
-      if (bias) v = hn::Add(v, load_part(d, bias + at, left));
-      if (accumulate) v = hn::Add(v, load_part(d, y + at, left));
-      store_part(v, d, y + at, left);
-    }
-  }
-}
-
-template <class Format>
-void channels_as(const Weight& weight, const int32_t* index, const float* value, int64_t count, int64_t begin,
-                 int64_t end, bool accumulate, float* y) {
+void chain_as(const Weight& weight, const int32_t* index, const float* value, int64_t count, int64_t begin,
+              int64_t end, float* part) {
   using Stored = typename Format::Stored;
   const auto* w = static_cast<const Stored*>(weight.data);
-  HWY_ALIGN float acc[kOutputs + 2 * hn::MaxLanes(FloatTag())];
   const int64_t passes = (end - begin + kOutputs - 1) / kOutputs;
   const int64_t width = passes > 0 ? ((end - begin + passes - 1) / passes + 63) / 64 * 64 : 0;
   for (int64_t first = begin; first < end; first += width) {
     const int64_t n = std::min(width, end - first);
+    float* acc = part + (first - begin);
     std::fill_n(acc, (n + 2 * lanes() - 1) / (2 * lanes()) * 2 * lanes(), 0.0f);
     const Stored *row[kChannels], *next[kChannels];
-    const auto channel = [&](int64_t c) { return w + (index ? index[c] : c) * weight.out + first; };
+    const auto channel = [&](int64_t c) { return w + index[c] * weight.out + first; };
     int64_t c = 0;
     for (int64_t s = 0; s < kChannels && s < count; ++s) next[s] = channel(s);
     for (; c + kChannels <= count; c += kChannels) {
@@ -102,14 +80,47 @@ void channels_as(const Weight& weight, const int32_t* index, const float* value,
       row[0] = channel(c);
       add_channels<Format, 1>(row, row, value + c, n, acc);
     }
-    finish<Format>(acc, weight.bias ? weight.bias + first : nullptr, accumulate, n, y + first);
   }
 }
 
-void gemv_channels(const Weight& w, const int32_t* index, const float* value, int64_t count, int64_t begin,
-                   int64_t end, bool accumulate, float* y) {
+void gemv_chain(const Weight& w, const int32_t* index, const float* value, int64_t count, int64_t begin,
+                int64_t end, float* part) {
   with_format(w.dtype, [&](auto format) HWY_ATTR {
-    channels_as<decltype(format)>(w, index, value, count, begin, end, accumulate, y);
+    chain_as<decltype(format)>(w, index, value, count, begin, end, part);
+  });
+}
+
+/// Parts are in Pair order.
+template <class Format>
+HWY_INLINE void join_as(const float* even, const float* odd, const float* bias, bool accumulate, int64_t n,
+                        float* y) {
+  const FloatTag d;
+  const int64_t step = 2 * lanes();
+  HWY_ALIGN float ordered[2 * hn::MaxLanes(FloatTag())];
+  for (int64_t j = 0; j < n; j += step) {
+    const Floats a = hn::Add(hn::Load(d, even + j), hn::Load(d, odd + j));
+    const Floats b = hn::Add(hn::Load(d, even + j + lanes()), hn::Load(d, odd + j + lanes()));
+    if (Format::kEvenOdd) {
+      hn::StoreInterleaved2(a, b, d, ordered);
+    } else {
+      hn::Store(a, d, ordered);
+      hn::Store(b, d, ordered + lanes());
+    }
+    for (int64_t part = 0; part < step && j + part < n; part += lanes()) {
+      const int64_t at = j + part, left = n - at;
+      Floats v = hn::Load(d, ordered + part);
+      if (bias) v = hn::Add(v, load_part(d, bias + at, left));
+      if (accumulate) v = hn::Add(v, load_part(d, y + at, left));
+      store_part(v, d, y + at, left);
+    }
+  }
+}
+
+void gemv_join(const Weight& w, const float* even, const float* odd, int64_t begin, int64_t end,
+               bool accumulate, float* y) {
+  with_format(w.dtype, [&](auto format) HWY_ATTR {
+    join_as<decltype(format)>(even, odd, w.bias ? w.bias + begin : nullptr, accumulate, end - begin,
+                              y + begin);
   });
 }
 
@@ -170,7 +181,8 @@ void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t
 }  // namespace
 
 void fill_gemv(Kernels& kernels) {
-  kernels.gemv_channels = gemv_channels;
+  kernels.gemv_chain = gemv_chain;
+  kernels.gemv_join = gemv_join;
   kernels.gemv_rows = gemv_rows;
   kernels.pack_input = pack_input;
   kernels.packed_size = packed_size;

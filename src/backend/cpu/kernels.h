@@ -9,6 +9,24 @@
 
 namespace larosa {
 
+/// The channels of a product are summed in two chains, even and odd blocks of kChainBlock channels, which are
+/// added at the end. So two threads can read whole rows of a narrow weight, each its own, where halves of
+/// every row would cost both of them a page (Llama-3.2-1B shape, bf16, 2 threads: 84 % of the read bandwidth
+/// instead of 79 %, median of 6). The chain of a channel depends on its number alone: leaving out a zero
+/// changes no bit.
+constexpr int64_t kChainBlock = 16;
+constexpr int64_t kChains = 2;
+constexpr int64_t chain_of(int64_t channel) {
+  return channel / kChainBlock % kChains;
+}
+
+/// Channels of one chain with what multiplies them.
+struct ChannelList {
+  int32_t* index;  // ascending
+  float* value;
+  int64_t count;
+};
+
 /// What the exact selection of `keep` entries came to: everything with a key above `cut`, and the first
 /// `ties` entries whose key equals it.
 struct Cut {
@@ -32,10 +50,15 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* gain, float eps, int64_t n, float* y);
 
   // -- gemv ---------------------------------------------------------------------------------------------
-  /// y[j] = Σ_c value[c] · w[index[c], j] (+ bias[j]) (+ y[j]) for j in [begin, end), one chain of fused
-  /// multiply-adds per output in the order of c. `index` null: channels 0 … count − 1.  w (in, out) channels
-  void (*gemv_channels)(const Weight& w, const int32_t* index, const float* value, int64_t count,
-                        int64_t begin, int64_t end, bool accumulate, float* y);
+  /// part[j − begin] = Σ_c value[c] · w[index[c], j] for j in [begin, end), one chain of fused multiply-adds
+  /// per output in the order of c. part: aligned to 64 bytes, in an order of the kernel's own within every
+  /// 64, with room for a multiple of 64.  w (in, out) channels
+  void (*gemv_chain)(const Weight& w, const int32_t* index, const float* value, int64_t count, int64_t begin,
+                     int64_t end, float* part);
+  /// y[j] = even[j − begin] + odd[j − begin] (+ bias[j]) (+ y[j]) for j in [begin, end): the parts of both
+  /// chains.
+  void (*gemv_join)(const Weight& w, const float* even, const float* odd, int64_t begin, int64_t end,
+                    bool accumulate, float* y);
   /// y[j] = Σ_i x[i] · w[j, i] (+ bias[j]) (+ y[j]) for j in [begin, end).  w (out, in) rows; x as pack_input
   /// left it
   void (*gemv_rows)(const Weight& w, const float* packed, int64_t begin, int64_t end, bool accumulate,
@@ -49,8 +72,9 @@ struct Kernels {
   void (*make_keys)(const float* x, const float* scale, int64_t n, int32_t* keys);
   /// The exact cut that leaves `keep` of n entries, 0 < keep ≤ n. `work`: n + 64 entries, clobbered.
   Cut (*find_cut)(const int32_t* keys, int64_t n, int64_t keep, int32_t* work);
-  /// Kept entries as ascending indices and values; both need room for n + 64. Returns their number.
-  int64_t (*take_list)(const float* x, const int32_t* keys, int64_t n, Cut cut, int32_t* index, float* value);
+  /// Kept entries as ascending indices and values, those of each chain (types.h) in a list of its own; every
+  /// list needs room for n + 64.
+  void (*take_lists)(const float* x, const int32_t* keys, int64_t n, Cut cut, ChannelList* lists);
   /// Kept entries in place, zeros elsewhere. Returns the number kept.
   int64_t (*take_masked)(const float* x, const int32_t* keys, int64_t n, Cut cut, float* y);
   /// y += addend, both n.

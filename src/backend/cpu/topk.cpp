@@ -140,21 +140,22 @@ HWY_INLINE hn::Mask<IntTag> kept_lanes(Ints v, int64_t left, int32_t key, int64_
   return hn::Or(over, hn::Gt(hn::Load(di, flag), hn::Zero(di)));
 }
 
-int64_t take_list(const float* x, const int32_t* keys, int64_t n, Cut cut, int32_t* index, float* value) {
+void take_lists(const float* x, const int32_t* keys, int64_t n, Cut cut, ChannelList* lists) {
   const FloatTag d;
   const IntTag di;
   const Ints step = hn::Set(di, static_cast<int32_t>(lanes()));
   Ints at =
       hn::Iota(di, 0);  // stepped by hand: GCC builds an Iota of a variable through memory, 30 cycles each
-  int64_t kept = 0, ties = cut.ties;
+  int64_t count[kChains] = {}, ties = cut.ties;
   for (int64_t i = 0; i < n; i += lanes(), at = hn::Add(at, step)) {
     const auto in = kept_lanes(load_part(di, keys + i, n - i), n - i, cut.key, ties);
     const Floats v = load_part(d, x + i, n - i);
-    hn::StoreU(hn::Compress(at, in), di, index + kept);
-    hn::StoreU(hn::Compress(v, hn::RebindMask(d, in)), d, value + kept);
-    kept += static_cast<int64_t>(hn::CountTrue(di, in));
+    const int64_t chain = chain_of(i);
+    hn::StoreU(hn::Compress(at, in), di, lists[chain].index + count[chain]);
+    hn::StoreU(hn::Compress(v, hn::RebindMask(d, in)), d, lists[chain].value + count[chain]);
+    count[chain] += static_cast<int64_t>(hn::CountTrue(di, in));
   }
-  return kept;
+  for (int64_t c = 0; c < kChains; ++c) lists[c].count = count[c];
 }
 
 int64_t take_masked(const float* x, const int32_t* keys, int64_t n, Cut cut, float* y) {
@@ -175,7 +176,7 @@ int64_t take_masked(const float* x, const int32_t* keys, int64_t n, Cut cut, flo
 void fill_topk(Kernels& kernels) {
   kernels.make_keys = make_keys;
   kernels.find_cut = find_cut;
-  kernels.take_list = take_list;
+  kernels.take_lists = take_lists;
   kernels.take_masked = take_masked;
 }
 
