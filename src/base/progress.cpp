@@ -1,10 +1,12 @@
 #include "base/progress.h"
 
+#include <pthread.h>
 #include <unistd.h>
 
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <thread>
 
 namespace larosa {
 namespace {
@@ -34,8 +36,21 @@ std::string clock_text(double seconds) {
 }  // namespace
 
 void catch_interrupts() {
-  std::signal(SIGINT, on_signal);
-  std::signal(SIGTERM, on_signal);
+  static const bool once = [] {
+    std::signal(SIGINT, on_signal);
+    std::signal(SIGTERM, on_signal);
+    std::thread([] {  // the thread that is always free to take them
+      for (;;) pause();
+    })
+        .detach();
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGTERM);
+    pthread_sigmask(SIG_BLOCK, &set, nullptr);
+    return true;
+  }();
+  (void)once;
 }
 bool interrupted() {
   return g_stop != 0;

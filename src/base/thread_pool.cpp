@@ -1,8 +1,10 @@
 #include "base/thread_pool.h"
 
+#include <pthread.h>
 #include <sched.h>
 
 #include <algorithm>
+#include <csignal>
 #include <exception>
 
 namespace larosa {
@@ -52,6 +54,11 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::work(int thread) {
+  // Signals are for the caller's threads: a handler must not run on top of a kernel (progress.h).
+  sigset_t all;
+  sigfillset(&all);
+  for (const int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&all, fault);
+  pthread_sigmask(SIG_BLOCK, &all, nullptr);
   uint32_t seen = 0;
   for (;;) {
     wait_while(generation_, seen);
