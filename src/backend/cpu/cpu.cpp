@@ -135,8 +135,8 @@ class CpuBackend final : public Backend {
   void matmul(Mat x, std::span<const Product> products) override { multiply(x, products, products_); }
 
   /// Always float32: rounding the stream to bf16 at every layer, or a vector with outliers before its small
-  /// coordinates are compared, costs what the basis gains (mix-88m, --preset paper: perplexity 161.4, not
-  /// 156).
+  /// coordinates are compared, costs part of what the basis gains (mix-88m, --preset paper, bf16 products, 20
+  /// windows of WikiText-2: perplexity 133.1 with bf16 rotations, 131.8 so).
   void rotate(Mat x, const Weight& basis, Mat y) override {
     const Product product{basis, y, false};
     multiply(x, std::span(&product, 1), Products::f32);
@@ -269,18 +269,20 @@ class CpuBackend final : public Backend {
   void one_row(const float* x, int64_t cols, const CpuSelection* kept, std::span<const Product> products,
                int64_t t) {
     for (const Product& p : products) CHECK(p.weight.in == cols && p.y.cols == p.weight.out);
-    const bool channels = std::any_of(products.begin(), products.end(),
-                                      [](const Product& p) { return p.weight.layout == Layout::channels; });
-    const ChannelList* lists = !channels ? nullptr : kept ? kept->channels.lists() : every_channel(x, cols);
+    int64_t in_channels = 0, row_bytes = 0;
+    for (const Product& p : products) {
+      in_channels += p.weight.layout == Layout::channels;
+      row_bytes = std::max(row_bytes, p.weight.out * dtype_size(p.weight.dtype));
+    }
+    const ChannelList* lists = in_channels == 0 ? nullptr
+                               : kept           ? kept->channels.lists()
+                                                : every_channel(x, cols);
     pack_rows(x, cols, kept, products);
     // Narrow: a thread's share of a row would be less than a page; pairs of threads share outputs and each
-    // takes a chain. bf16 8192 → 2048 on two threads: 74 % of the read bandwidth by outputs, see
-    // docs/numerics.md.
+    // takes a chain (kernels.h).
     const int threads = pool_.size();
-    int64_t row_bytes = 0;
-    for (const Product& p : products)
-      row_bytes = std::max(row_bytes, p.weight.out * dtype_size(p.weight.dtype));
-    const bool by_chain = channels && threads % kChains == 0 && row_bytes < kPage * threads;
+    const bool by_chain = in_channels == static_cast<int64_t>(products.size()) && threads % kChains == 0 &&
+                          row_bytes < kPage * threads;
     const int64_t groups = by_chain ? threads / kChains : threads;
     const int64_t outputs = padded_outputs(products);
     float* parts[kChains];
@@ -290,13 +292,8 @@ class CpuBackend final : public Backend {
       const int64_t group = by_chain ? thread / kChains : thread;
       each_range(products, group, groups, [&](const Product& p, int64_t base, int64_t begin, int64_t end) {
         if (p.weight.layout == Layout::rows) {
-          // Cut once more where pairs share a range.
-          const int64_t half = by_chain ? (begin + end) / 2 : begin;
-          const bool second = by_chain && thread % kChains == 1;
-          kernels_.gemv_rows(p.weight, packed_[p.weight.dtype == DType::bf16].data(),
-                             second || !by_chain ? half : begin, by_chain && !second ? half : end,
-                             p.accumulate, p.y.row(t));
-          return;
+          const float* row = packed_[p.weight.dtype == DType::bf16].data();
+          return kernels_.gemv_rows(p.weight, row, begin, end, p.accumulate, p.y.row(t));
         }
         for (int64_t c = 0; c < kChains; ++c) {
           if (by_chain && c != thread % kChains) continue;
@@ -309,7 +306,7 @@ class CpuBackend final : public Backend {
     if (!by_chain) return;
     pool_.run([&](int thread) {
       each_range(products, thread, threads, [&](const Product& p, int64_t base, int64_t begin, int64_t end) {
-        if (p.weight.layout == Layout::channels) join(p, parts, base, begin, end, t);
+        join(p, parts, base, begin, end, t);
       });
     });
   }
