@@ -82,7 +82,7 @@ class SafetensorsWriter {
     std::vector<int64_t> shape;
   };
   /// Writes the header to `path` (which is created or truncated). Throws Error with the system's reason.
-  SafetensorsWriter(const std::string& path, std::vector<Entry> entries,
+  SafetensorsWriter(const std::string& path, const std::vector<Entry>& entries,
                     const std::map<std::string, std::string>& metadata);
   ~SafetensorsWriter();
   SafetensorsWriter(const SafetensorsWriter&) = delete;

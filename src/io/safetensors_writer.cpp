@@ -60,7 +60,7 @@ struct SafetensorsWriter::Data {
   }
 };
 
-SafetensorsWriter::SafetensorsWriter(const std::string& path, std::vector<Entry> entries,
+SafetensorsWriter::SafetensorsWriter(const std::string& path, const std::vector<Entry>& entries,
                                      const std::map<std::string, std::string>& metadata)
     : data_(std::make_unique<Data>()) {
   constexpr size_t kAlign = 64;  // of the first tensor: a cache line
