@@ -168,7 +168,7 @@ void read_tokenizer_config(const std::string& dir, Tokenizer::Data& data) {
   for (const auto& [path, config] : configs) {
     const Fields fields(config, path);
     const auto named = [&](const char* name, TokenId& id) {
-      const TokenId found = data.find(token_content(config, name));
+      const TokenId found = data.find(token_content(fields.object(), name));
       if (found >= 0) id = found;
     };
     named("bos_token", data.bos);

@@ -134,9 +134,7 @@ class CpuBackend final : public Backend {
 
   void matmul(Mat x, std::span<const Product> products) override { multiply(x, products, products_); }
 
-  /// Always float32: rounding the stream to bf16 at every layer, or a vector with outliers before its small
-  /// coordinates are compared, costs part of what the basis gains (mix-88m, --preset paper, bf16 products, 20
-  /// windows of WikiText-2: perplexity 133.1 with bf16 rotations, 131.8 so).
+  /// Always float32: the stream passes here once per layer, and bf16 would round it each time.
   void rotate(Mat x, const Weight& basis, Mat y) override {
     const Product product{basis, y, false};
     multiply(x, std::span(&product, 1), Products::f32);
