@@ -12,6 +12,7 @@
 #include <regex>
 #include <thread>
 
+#include "io/files.h"
 #include "io/json.h"
 #include "model/random.h"
 #include "model_fixture.h"
@@ -31,6 +32,7 @@ using Arguments = std::vector<std::string>;
 struct Start {
   std::string input = "/dev/null";
   rlim_t most_file_bytes = RLIM_INFINITY;
+  std::string output = {};  // where standard output goes; empty: to Outcome::out
 };
 
 class Cli : public testing::Test {
@@ -54,7 +56,7 @@ class Cli : public testing::Test {
       if (fd < 0 || dup2(fd, to) < 0) _exit(99);
     };
     attach(start.input, O_RDONLY, 0);
-    attach(dir_ / "out.log", O_WRONLY | O_CREAT | O_TRUNC, 1);
+    attach(start.output.empty() ? dir_ / "out.log" : start.output, O_WRONLY | O_CREAT | O_TRUNC, 1);
     attach(dir_ / "err.log", O_WRONLY | O_CREAT | O_TRUNC, 2);
     if (start.most_file_bytes != RLIM_INFINITY) {
       std::signal(SIGXFSZ, SIG_IGN);
@@ -130,6 +132,16 @@ class Cli : public testing::Test {
     const size_t data = 8 + static_cast<size_t>(reinterpret_cast<const uint8_t*>(bytes.data())[0]) +
                         256 * static_cast<size_t>(reinterpret_cast<const uint8_t*>(bytes.data())[1]);
     std::ofstream(path, std::ios::binary) << head + text + bytes.substr(data);
+  }
+  /// Makes one element of a bf16 tensor a NaN.
+  static void set_nan(const std::string& path, const std::string& tensor) {
+    std::string bytes = file_bytes(path);
+    uint64_t length = 0;
+    std::memcpy(&length, bytes.data(), sizeof(length));
+    const auto header = nlohmann::json::parse(bytes.substr(8, length));
+    const size_t place = 8 + length + header[tensor]["data_offsets"][0].get<size_t>() + 20;
+    bytes[place] = '\xc0', bytes[place + 1] = '\x7f';
+    std::ofstream(path, std::ios::binary) << bytes;
   }
   std::string shard_of(const std::string& tensor) const {
     return read_json(model() + "/model.safetensors.index.json")["weight_map"][tensor];
@@ -208,13 +220,7 @@ TEST_F(Cli, DamagedIndex) {
 
 TEST_F(Cli, NanWeights) {
   const std::string path = copy("bad") + "/" + shard_of(kUp);
-  std::string bytes = file_bytes(path);
-  uint64_t length = 0;
-  std::memcpy(&length, bytes.data(), sizeof(length));
-  const auto header = nlohmann::json::parse(bytes.substr(8, length));
-  const size_t place = 8 + length + header[kUp]["data_offsets"][0].get<size_t>() + 20;
-  bytes[place] = '\xc0', bytes[place + 1] = '\x7f';
-  std::ofstream(path, std::ios::binary) << bytes;
+  set_nan(path, kUp);
   expect_refused_model("bad", {shard_of(kUp), kUp}, {"--check-tensors"});
 }
 
@@ -300,9 +306,9 @@ TEST_F(Cli, UnknownFlagsAndCommands) {
 
 TEST_F(Cli, FullDisk) {
   const Arguments a = {"sparsify", model(), "-o", dir_ / "made", "--calib", text()};
-  const Outcome o = run(a, {"/dev/null", 16000});
+  const Outcome o = run(a, {"/dev/null", 24000});  // a basis fits, a layer does not
   EXPECT_EQ(o.code, 1);
-  EXPECT_NE(o.err.find("made.partial"), std::string::npos) << o.err;
+  EXPECT_NE(o.err.find("made.partial; the same command resumes"), std::string::npos) << o.err;
   EXPECT_FALSE(fs::exists(dir_ / "made"));
   EXPECT_EQ(run(a).code, 0);  // resumes
   EXPECT_FALSE(fs::exists(dir_ / "made.partial"));
@@ -312,6 +318,82 @@ TEST_F(Cli, FullDisk) {
   EXPECT_EQ(bench.code, 1);
   EXPECT_FALSE(fs::exists(dir_ / "saved"));
   EXPECT_FALSE(fs::exists(dir_ / "saved.partial"));
+}
+
+TEST_F(Cli, NothingIsLeftOfAStartThatFails) {
+  // NaN weights show up in the first layer; a disk that is full at once leaves no finished part either.
+  const std::string path = copy("bad") + "/" + shard_of("model.layers.0.self_attn.q_proj.weight");
+  set_nan(path, "model.layers.0.self_attn.q_proj.weight");
+  expect_refused({"sparsify", dir_ / "bad", "-o", dir_ / "made", "--calib", text()}, {"finite"});
+  expect_refused({"perplexity", dir_ / "bad", "-f", text(), "-c", "32"}, {"not finite", "--check-tensors"});
+  expect_refused({"sparsify", model(), "-o", dir_ / "made", "--calib", text()}, {"made.partial"},
+                 {"/dev/null", 300});
+}
+
+TEST_F(Cli, AResumeNeedsTheSameConfig) {
+  const Arguments a = {"sparsify", copy("changed"), "-o", dir_ / "made", "--calib", text()};
+  ASSERT_EQ(run(a, {"/dev/null", 24000}).code, 1);  // a basis fits, a layer does not
+  ASSERT_TRUE(fs::exists(dir_ / "made.partial"));
+  edit_json(dir_ / "changed/config.json", [](nlohmann::json& j) { j["rope_theta"] = 777777; });
+  const Outcome o = run(a);
+  EXPECT_EQ(o.code, 1);
+  EXPECT_NE(o.err.find("other options, text or model"), std::string::npos) << o.err;
+  EXPECT_FALSE(fs::exists(dir_ / "made"));
+}
+
+TEST_F(Cli, OneProcessPerOutput) {
+  fs::create_directory(dir_ / "made.partial");
+  {
+    const DirectoryLock lock(dir_ / "made.partial");
+    const Outcome o = run({"sparsify", model(), "-o", dir_ / "made", "--calib", text()});
+    EXPECT_EQ(o.code, 1);
+    EXPECT_NE(o.err.find("in use"), std::string::npos) << o.err;
+    EXPECT_TRUE(fs::exists(dir_ / "made.partial"));
+  }
+  EXPECT_EQ(run({"sparsify", model(), "-o", dir_ / "made", "--calib", text()}).code, 0);  // empty: begun anew
+}
+
+TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
+  const auto sparsify = [&](const char* method, Arguments more) {
+    Arguments a = {"sparsify", model(), "-o", dir_ / "made", "--method", method};
+    a.insert(a.end(), more.begin(), more.end());
+    return a;
+  };
+  expect_refused(sparsify("topk", {"--pool", "on"}), {"--pool", "topk"});
+  expect_refused(sparsify("topk", {"--form", "simulate", "--select", "normalised"}), {"--select", "topk"});
+  expect_refused(sparsify("dense", {"--sparsity", "0.5"}), {"--sparsity", "dense"});
+  expect_refused({"sparsify", model(), "-o", "", "--method", "dense"}, {"-o"});
+  ASSERT_EQ(run({"sparsify", model(), "-o", dir_ / "dense", "--method", "dense"}).code, 0);
+  const auto plan = nlohmann::json::parse(run({"inspect", dir_ / "dense", "--json"}).out)["plan"];
+  EXPECT_EQ(plan["sparsity_asked"], 0.0);
+  EXPECT_FALSE(plan["notes"].contains("score"));
+}
+
+TEST_F(Cli, AgainstAModelThatCannotBeCompared) {
+  edit_json(copy("other") + "/tokenizer.json",
+            [](nlohmann::json& j) { std::swap(j["model"]["vocab"]["e"], j["model"]["vocab"]["t"]); });
+  expect_refused({"perplexity", model(), "-f", text(), "-c", "32", "--against", dir_ / "other"},
+                 {"other", "tokenizer"});
+  edit_json(copy("brief") + "/config.json", [](nlohmann::json& j) { j["max_position_embeddings"] = 16; });
+  expect_refused({"perplexity", model(), "-f", text(), "-c", "32", "--against", dir_ / "brief"},
+                 {"-c 32", "16"});
+}
+
+TEST_F(Cli, Outputs) {
+  const std::string odd = dir_ / "odd\xff";
+  fs::copy(model(), odd, fs::copy_options::recursive);
+  const Outcome ppl = run({"perplexity", odd, "-f", text(), "-c", "32", "--chunks", "1", "--json"});
+  EXPECT_TRUE(nlohmann::json::parse(ppl.out).contains("ppl")) << ppl.err;
+  const Outcome inspect = run({"inspect", model(), "--json", "--tensors"});
+  EXPECT_EQ(nlohmann::json::parse(inspect.out)["tensors"].size(), 21u);
+  expect_refused({"run", model(), "-f", model()}, {"directory"});
+  if (!fs::exists("/dev/full")) return;
+  for (const Arguments& a :
+       {Arguments{"inspect", model()}, Arguments{"run", model(), "-p", "x", "-n", "1"}}) {
+    const Outcome o = run(a, {"/dev/null", RLIM_INFINITY, "/dev/full"});
+    EXPECT_EQ(o.code, 1);
+    EXPECT_NE(o.err.find("error: standard output"), std::string::npos) << o.err;
+  }
 }
 
 TEST_F(Cli, PlanOfAnotherModel) {
@@ -346,6 +428,19 @@ TEST_F(Cli, InterruptedSparsifyResumes) {
     const std::string name = entry.path().filename().string();
     EXPECT_TRUE(file_bytes(dir_ / ("whole/" + name)) == file_bytes(dir_ / ("cut/" + name))) << name;
   }
+}
+
+TEST_F(Cli, ALongPromptCanBeInterrupted) {
+  fs::copy(demo_model(), dir_ / "long");
+  edit_json(dir_ / "long/config.json", [](nlohmann::json& j) { j["max_position_embeddings"] = 200000; });
+  const pid_t child =
+      begin({"run", dir_ / "long", "-f", source_path("text/demo.valid.txt"), "-n", "1", "-t", "1"});
+  std::this_thread::sleep_for(std::chrono::seconds(2));
+  ASSERT_EQ(waitpid(child, nullptr, WNOHANG), 0) << "the prompt was over at once";
+  const auto asked = std::chrono::steady_clock::now();
+  kill(child, SIGINT);
+  EXPECT_EQ(end(child).code, 130);
+  EXPECT_LT(std::chrono::steady_clock::now() - asked, std::chrono::seconds(5));
 }
 
 TEST_F(Cli, InterruptedRunKeepsItsText) {

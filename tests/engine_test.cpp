@@ -12,16 +12,6 @@ SessionOptions greedy() {
   return options;
 }
 
-template <class Body>
-std::string error_of(Body body) {
-  try {
-    body();
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "no error";
-}
-
 class EngineTest : public testing::Test {
  protected:
   const Engine engine_{demo_model(), {2, "cpu", "f32", true}};
@@ -89,6 +79,35 @@ TEST_F(EngineTest, StreamsWhatItReturns) {
   EXPECT_EQ(streamed, made.text);
 }
 
+TEST_F(EngineTest, ACancelledPromptGoesOnWhereItStopped) {
+  const std::string text = file_bytes(source_path("text/demo.valid.txt")).substr(0, 1200);
+  const auto prompt = engine_.encode(text);
+  ASSERT_LT(prompt.size() + 8, static_cast<size_t>(engine_.context()));
+  Session whole(engine_, greedy());
+  const auto expected = whole.generate(prompt, 8, {}, true).tokens;
+  bool cancel = true;
+  SessionOptions options = greedy();
+  options.cancelled = [&] { return cancel; };
+  Session session(engine_, options);
+  const Generated stopped = session.generate(prompt, 8, {}, true);
+  EXPECT_EQ(stopped.stop, Stop::caller);
+  EXPECT_TRUE(stopped.tokens.empty());
+  EXPECT_THROW(session.logits(), Error);
+  cancel = false;
+  std::vector<int32_t> found;
+  for (int i = 0; i < 8; ++i) found.push_back(session.next());
+  EXPECT_EQ(found, expected);
+}
+
+TEST_F(EngineTest, AStoppedSinkIsNotCalledAgain) {
+  // A token that ends within a character leaves bytes for the end of the stream.
+  int calls = 0;
+  Session session(engine_, greedy());
+  session.generate(
+      prompt_, 40, [&](std::string_view) { return ++calls < 1; }, true);
+  EXPECT_EQ(calls, 1);
+}
+
 TEST_F(EngineTest, StopsWhenTheContextIsFull) {
   SessionOptions options = greedy();
   options.context = static_cast<int64_t>(prompt_.size()) + 3;
@@ -97,8 +116,8 @@ TEST_F(EngineTest, StopsWhenTheContextIsFull) {
   EXPECT_EQ(made.stop, Stop::context_full);
   EXPECT_EQ(made.tokens.size(), 3u);
   EXPECT_EQ(session.room(), 0);
-  EXPECT_NE(error_of([&] { session.next(); }).find("full"), std::string::npos);
-  EXPECT_NE(error_of([&] { session.feed(prompt_); }).find("room for 0"), std::string::npos);
+  EXPECT_NE(message_of([&] { session.next(); }).find("full"), std::string::npos);
+  EXPECT_NE(message_of([&] { session.feed(prompt_); }).find("room for 0"), std::string::npos);
 }
 
 TEST_F(EngineTest, BackendsAndCachesAgree) {
@@ -115,29 +134,29 @@ TEST_F(EngineTest, BackendsAndCachesAgree) {
 }
 
 TEST_F(EngineTest, RefusesWhatCannotBe) {
-  EXPECT_NE(error_of([&] { Engine("/nonexistent"); }).find("/nonexistent"), std::string::npos);
-  EXPECT_NE(error_of([&] {
+  EXPECT_NE(message_of([&] { Engine("/nonexistent"); }).find("/nonexistent"), std::string::npos);
+  EXPECT_NE(message_of([&] {
               Engine(demo_model(), {1, "gpu", "f32", false});
             }).find("backend gpu"),
             std::string::npos);
-  EXPECT_NE(error_of([&] {
+  EXPECT_NE(message_of([&] {
               Engine(demo_model(), {1, "cpu", "int3", false});
             }).find("products int3"),
             std::string::npos);
   Session session(engine_, greedy());
-  EXPECT_NE(error_of([&] { session.next(); }).find("empty"), std::string::npos);
-  EXPECT_NE(error_of([&] { session.feed({}); }).find("empty"), std::string::npos);
+  EXPECT_NE(message_of([&] { session.next(); }).find("empty"), std::string::npos);
+  EXPECT_NE(message_of([&] { session.feed({}); }).find("empty"), std::string::npos);
   for (const int32_t id : {-1, static_cast<int32_t>(engine_.vocab())}) {
-    EXPECT_NE(error_of([&] { session.feed(std::span(&id, 1)); }).find("vocabulary"), std::string::npos);
+    EXPECT_NE(message_of([&] { session.feed(std::span(&id, 1)); }).find("vocabulary"), std::string::npos);
   }
   for (const int64_t context : {int64_t{-1}, engine_.context() + 1}) {
     SessionOptions options;
     options.context = context;
-    EXPECT_NE(error_of([&] { Session(engine_, options); }).find("context"), std::string::npos);
+    EXPECT_NE(message_of([&] { Session(engine_, options); }).find("context"), std::string::npos);
   }
   SessionOptions options;
   options.kv = "int2";
-  EXPECT_NE(error_of([&] { Session(engine_, options); }).find("kv int2"), std::string::npos);
+  EXPECT_NE(message_of([&] { Session(engine_, options); }).find("kv int2"), std::string::npos);
   const std::vector<int32_t> bad = {1 << 30};
   EXPECT_THROW(engine_.decode(bad), Error);
 }

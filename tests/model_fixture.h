@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "base/error.h"
 #include "base/thread_pool.h"
 #include "model/decoder.h"
 #include "model/model.h"
@@ -92,6 +93,17 @@ inline double relative_rms(const std::vector<float>& found, const std::vector<fl
     size += std::pow(static_cast<double>(expected[i]), 2);
   }
   return std::sqrt(difference / size);
+}
+
+/// The message that `body` fails with; empty when it does not fail.
+template <class Body>
+std::string message_of(Body body) {
+  try {
+    body();
+  } catch (const Error& e) {
+    return e.what();
+  }
+  return "";
 }
 
 inline std::string file_bytes(const std::string& path) {

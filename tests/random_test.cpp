@@ -47,6 +47,18 @@ TEST(RandomModel, FiniteEqualAndSparse) {
   }
 }
 
+TEST(RandomModel, TokensReadNoMoreThanTheWindow) {
+  ThreadPool pool(1);
+  ModelConfig config = load_config(demo_model());
+  config.layers = 3, config.window = 10, config.window_from = 1;
+  const Model model = make_random_model(config, plan_for(config, 0.5), {}, pool);
+  const TokenBytes bytes = token_bytes(model, DType::f16);
+  const int64_t position = 2 * config.kv_dim() * 2;
+  EXPECT_EQ(bytes.kv(4), 4 * 3 * position);
+  EXPECT_EQ(bytes.kv(100), (100 + 2 * 10) * position);
+  EXPECT_EQ(bytes.sparse(100) - bytes.sparse(), bytes.kv(100));
+}
+
 TEST(RandomModel, RefusesAPlanOfAnotherShape) {
   ThreadPool pool(1);
   const ModelConfig config = load_config(demo_model());

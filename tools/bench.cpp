@@ -369,7 +369,7 @@ int run(const Flags& f) {
          model.config.context);
   const Report report = measure(f, model, readings, machine);
   if (f.format == "md") print_md(report);
-  if (f.format == "json") std::printf("%s\n", to_json(report).dump(2).c_str());
+  if (f.format == "json") std::printf("%s\n", json_text(to_json(report)).c_str());
   if (f.format == "csv") print_csv(report);
   return 0;
 }

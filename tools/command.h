@@ -3,6 +3,7 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 
 #include "backend/backend.h"
@@ -37,7 +38,7 @@ struct Machine {
 };
 Machine make_machine(const MachineOptions& options);
 
-/// The whole file (`-`: standard input). Throws Error naming the path.
-std::string read_text(const std::string& path);
+/// For printing: indented, paths that are not UTF-8 with U+FFFD.
+std::string json_text(const nlohmann::ordered_json& json);
 
 }  // namespace larosa

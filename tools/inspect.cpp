@@ -101,17 +101,19 @@ void print_text(const nlohmann::ordered_json& j, bool verbose) {
 int run(const Flags& f) {
   const Model model = load_model(f.model);
   if (f.check_tensors) model.checkpoint->check_finite();
-  const auto j = describe(model);
+  auto j = describe(model);
+  std::vector<Tensor> tensors;
+  for (const std::string& name : f.tensors ? model.checkpoint->names() : std::vector<std::string>())
+    tensors.push_back(*model.checkpoint->find(name));
   if (f.json) {
-    std::printf("%s\n", j.dump(2).c_str());
-  } else {
-    print_text(j, f.verbose);
+    for (const Tensor& t : tensors)
+      j["tensors"].push_back({{"name", t.name}, {"dtype", dtype_name(t.dtype)}, {"shape", t.shape}});
+    std::printf("%s\n", json_text(j).c_str());
+    return 0;
   }
-  for (const std::string& name : f.tensors ? model.checkpoint->names() : std::vector<std::string>()) {
-    const auto tensor = model.checkpoint->find(name);
-    std::printf("%-52s %-5s %s\n", name.c_str(), dtype_name(tensor->dtype),
-                shape_text(tensor->shape).c_str());
-  }
+  print_text(j, f.verbose);
+  for (const Tensor& t : tensors)
+    std::printf("%-52s %-5s %s\n", t.name.c_str(), dtype_name(t.dtype), shape_text(t.shape).c_str());
   return 0;
 }
 

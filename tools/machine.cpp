@@ -1,9 +1,7 @@
 // Options and input that the commands share.
-#include <fstream>
-#include <iostream>
-#include <iterator>
 
-#include "base/error.h"
+#include <nlohmann/json.hpp>
+
 #include "command.h"
 
 namespace larosa {
@@ -29,13 +27,8 @@ Machine make_machine(const MachineOptions& options) {
   return machine;
 }
 
-std::string read_text(const std::string& path) {
-  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
-  std::ifstream file(path, std::ios::binary);
-  if (!file) fail(path, ": cannot be opened");
-  std::string text{std::istreambuf_iterator<char>(file), {}};
-  if (file.bad() || (file.fail() && !file.eof())) fail(path, ": cannot be read");
-  return text;
+std::string json_text(const nlohmann::ordered_json& json) {
+  return json.dump(2, ' ', false, nlohmann::ordered_json::error_handler_t::replace);
 }
 
 }  // namespace larosa

@@ -56,6 +56,7 @@ int main_checked(int argc, char** argv) {
     const auto used = app.get_subcommands();
     fail(line, " (larosa ", used.empty() ? "" : used[0]->get_name() + " ", "--help)");
   }
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) fail("standard output: cannot be written");
   return code;
 }
 

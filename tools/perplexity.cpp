@@ -1,6 +1,8 @@
 // larosa perplexity: the quality of a model on a text, alone or against another model.
 #include "eval/perplexity.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -9,6 +11,7 @@
 #include "base/error.h"
 #include "base/progress.h"
 #include "command.h"
+#include "io/files.h"
 
 namespace larosa {
 namespace {
@@ -62,7 +65,7 @@ void print_json(const Flags& f, const PerplexityOptions& options, const Perplexi
     j["kl_error"] = r.kl.error;
     j["same_top"] = r.same_top;
   }
-  std::printf("%s\n", j.dump(2).c_str());
+  std::printf("%s\n", json_text(j).c_str());
 }
 
 int run(const Flags& f) {
@@ -74,9 +77,11 @@ int run(const Flags& f) {
   if (f.check_tensors && reference) reference->checkpoint->check_finite();
   PerplexityOptions options;
   options.context = f.context != 0 ? f.context : std::min(protocol.context, model.config.context);
-  if (options.context < 2 || options.context > model.config.context) {
-    fail("-c ", options.context, ": expected 2 to the model's context of ", model.config.context);
-  }
+  const int64_t most =
+      std::min(model.config.context, reference ? reference->config.context : model.config.context);
+  if (f.context == 0) options.context = std::min(options.context, most);
+  if (options.context < 2 || options.context > most)
+    fail("-c ", options.context, ": expected 2 to the model's context of ", most);
   if (!(f.dense_prompt >= 0 && f.dense_prompt < 1))
     fail("--dense-prompt ", f.dense_prompt, ": expected a number in [0, 1)");
   if (f.stride < 0 || f.stride > options.context)
@@ -86,11 +91,13 @@ int run(const Flags& f) {
   options.skipped_share = protocol.skipped_share;
   options.dense_prompt = f.dense_prompt;
   options.most_windows = f.chunks;
-  const std::string text = read_text(f.file);
+  const std::string text = read_file(f.file);
   if (text.empty()) fail(f.file, ": is empty");
   const Tokenizer tokenizer = Tokenizer::load(f.model);
   if (protocol.window_bos && tokenizer.adds_special()) options.bos = tokenizer.bos();
   const auto tokens = protocol_tokens(protocol, tokenizer, text);
+  if (reference && protocol_tokens(protocol, Tokenizer::load(f.against), text) != tokens)
+    fail("--against ", f.against, ": its tokenizer cuts ", f.file, " into other tokens");
   const int64_t least = std::max<int64_t>(2, protocol.least_windows * options.context);
   if (static_cast<int64_t>(tokens.size()) < least)
     fail(f.file, ": ", tokens.size(), " tokens, protocol ", protocol.name, " needs ", least);
@@ -107,6 +114,8 @@ int run(const Flags& f) {
                                    std::snprintf(note, sizeof(note), "PPL %.4f", perplexity_of(r.nll).value);
                                    progress->update(r.windows, note);
                                  });
+  if (!std::isfinite(result.nll.value))
+    fail(f.model, ": the predictions are not finite (try --check-tensors)");
   (f.json ? print_json : print_text)(f, options, result, *machine.backend);
   return 0;
 }

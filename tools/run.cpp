@@ -8,6 +8,7 @@
 #include "base/progress.h"
 #include "command.h"
 #include "engine/sampler.h"
+#include "io/files.h"
 #include "larosa/engine.h"
 
 namespace larosa {
@@ -42,7 +43,7 @@ int run(Flags& f) {
   validate(f.session.sampling);
   if (f.prompt.has_value() == f.file.has_value())
     fail("give a prompt with either -p TEXT or -f FILE (- for standard input)");
-  const std::string prompt = f.prompt ? *f.prompt : read_text(*f.file);
+  const std::string prompt = f.prompt ? *f.prompt : read_file(*f.file);
   if (prompt.empty()) fail(f.prompt ? "-p" : *f.file, ": the prompt is empty");
   const EngineOptions options{f.machine.threads, f.machine.backend, f.machine.products, f.check_tensors};
   const Engine engine(f.model, options);
@@ -51,17 +52,18 @@ int run(Flags& f) {
   if (size > engine.context())
     fail("the prompt has ", size, " tokens, the model's context is ", engine.context());
   if (f.session.context == 0) f.session.context = std::min(engine.context(), size + f.tokens);
+  f.session.cancelled = interrupted;
   Session session(engine, f.session);
   std::fprintf(stderr, "%s\n", engine.describe().c_str());
   catch_interrupts();
   if (f.echo) write_out(prompt);
   const auto sink = [](std::string_view text) {
     write_out(text);
-    return !interrupted();
+    return true;
   };
   const Generated generated = session.generate(ids, f.tokens, sink, f.ignore_eos);
   write_out("\n");
-  print_timings(engine, generated, f.session.kv);
+  if (!generated.tokens.empty() || !interrupted()) print_timings(engine, generated, f.session.kv);
   throw_if_interrupted();
   return 0;
 }

@@ -1,12 +1,14 @@
 // larosa sparsify: calibrate, choose, fold, write.
 #include "calib/sparsify.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 
 #include "base/error.h"
 #include "base/progress.h"
 #include "command.h"
+#include "io/files.h"
 #include "model/config.h"
 #include "text/tokenizer.h"
 
@@ -52,14 +54,36 @@ std::vector<int32_t> calibration_tokens(const Flags& f, int64_t& window) {
   const int64_t wanted = f.calib_tokens > 0 ? f.calib_tokens : 16 * window;
   window = std::min(window, wanted);
   if (f.calib.empty()) fail("--calib: method ", f.method, " needs a calibration text");
-  const std::string text = read_text(f.calib);
+  const std::string text = read_file(f.calib);
   if (text.empty()) fail(f.calib, ": is empty");
   const std::vector<TokenId> ids = Tokenizer::load(f.model).encode(text, false);
   return calibration_windows(ids, window, (wanted + window - 1) / window, f.calib);
 }
 
+/// A flag that the method would not look at is a misunderstanding.
+void refuse_unused(const Flags& f, const CLI::App& app, const Choice& choice) {
+  const Method& method = find_method(f.method);
+  const auto refuse = [&](const char* option) {
+    if (app.get_option(option)->count() > 0) fail(option, ": method ", f.method, " does not use it");
+  };
+  if (!method.wants(choice).any()) {
+    for (const char* option : {"--pool", "--rotate-h2", "--select", "--calib-tokens", "--preset"})
+      refuse(option);
+    if (app.get_option("--calib")->count() > 0)
+      std::fprintf(stderr, "sparsify: method %s needs no calibration, --calib is not read\n",
+                   f.method.c_str());
+  }
+  const LayerPlan layer = method.plan(choice, {1, 1, 1, 1});
+  const bool thins = std::any_of(layer.groups.begin(), layer.groups.end(),
+                                 [](const Group& g) { return g.rule.select != Select::all; });
+  if (!thins) {
+    for (const char* option : {"--sparsity", "--score", "--site-scale"}) refuse(option);
+  }
+}
+
 int run(Flags& f, const CLI::App& app) {
   apply_preset(f, app);
+  if (f.output.empty()) fail("-o: is empty, expected a directory to write");
   SparsifyOptions options;
   options.source = f.model;
   options.output = std::filesystem::path(f.output + "/").parent_path().string();
@@ -74,6 +98,7 @@ int run(Flags& f, const CLI::App& app) {
   choice.after_gain = f.select == "gained";
   if (choice.after_gain && choice.form == Form::folded)
     fail("--select gained: only --form simulate can thin after the RMSNorm gain");
+  refuse_unused(f, app, choice);
   options.check_tensors = f.check_tensors;
   options.progress = !f.machine.no_progress;
   site_keeps(load_config(f.model), choice.sparsity, choice.site_scale);

@@ -90,6 +90,8 @@ struct SessionOptions {
   std::string kv = "f32";      // type of the key/value cache: "f32" or "f16"
   bool sparse_prompt = false;  // thin the prompt's tokens as well (it would not be faster)
   Sampling sampling;
+  /// Asked before every pass (up to 512 tokens of a prompt, or one token); true stops. May be empty.
+  std::function<bool()> cancelled;
 };
 
 /// Why a generation ended.
@@ -113,7 +115,8 @@ class Session {
   Session& operator=(Session&&) noexcept;
   ~Session();
 
-  /// Appends a prompt. Throws Error for an empty one, ids outside the vocabulary, or more than room().
+  /// Appends a prompt. Throws Error for an empty one, ids outside the vocabulary, or more than room(). When
+  /// cancelled, the rest of the prompt is run by the next call that needs it.
   void feed(std::span<const int32_t> tokens);
   /// Draws the next token and appends it. Throws Error before the first feed and when the room is used up.
   int32_t next();
@@ -121,8 +124,8 @@ class Session {
   std::span<const float> logits();
 
   /// Feeds `prompt` and draws up to `count` tokens. `sink` is given the text as it becomes certain, always
-  /// whole UTF-8 characters, and returns false to stop; it may be empty. Stops at a token that ends the text
-  /// unless `ignore_eos`.
+  /// whole UTF-8 characters, and returns false to stop (it is not called again then); it may be empty. Stops
+  /// at a token that ends the text unless `ignore_eos`.
   Generated generate(std::span<const int32_t> prompt, int64_t count,
                      const std::function<bool(std::string_view text)>& sink = {}, bool ignore_eos = false);
 

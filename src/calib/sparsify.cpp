@@ -14,6 +14,7 @@
 #include "base/thread_pool.h"
 #include "calib/fold.h"
 #include "calib/statistics.h"
+#include "io/files.h"
 
 namespace larosa {
 namespace {
@@ -30,15 +31,6 @@ std::string hex(uint64_t value) {
   char text[17];
   std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(value));
   return text;
-}
-
-void write_file(const fs::path& path, const std::string& text) {
-  const fs::path temporary = path.string() + ".tmp";
-  std::ofstream file(temporary, std::ios::binary);
-  file << text;
-  file.close();
-  if (!file) fail(path.string(), ": cannot be written");
-  fs::rename(temporary, path);
 }
 
 /// A safetensors file written to a temporary name and renamed when complete.
@@ -78,7 +70,20 @@ class Job {
         partial_(options.output + ".partial") {}
 
   void run() {
-    prepare();
+    try {
+      prepare();
+      work();
+    } catch (const Error& e) {
+      if (!abandon()) throw;
+      fail(e.what(), " (what is finished stands in ", partial_, "; the same command resumes)");
+    } catch (...) {
+      abandon();
+      throw;
+    }
+  }
+
+ private:
+  void work() {
     const int64_t windows = wants_.any() ? static_cast<int64_t>(tokens_.size()) / window_ : 0;
     // An eigenbasis and a folded layer each cost about as much as a few windows.
     progress_.emplace("sparsify", config_.layers * (windows + kFoldUnits) + kFoldUnits, options_.progress);
@@ -88,7 +93,23 @@ class Job {
     complete();
   }
 
- private:
+  /// After a failure: removes the partial directory unless something in it is worth a resume. True if it
+  /// stays.
+  bool abandon() const {
+    if (!owned_) return false;
+    std::error_code ignored;
+    for (const auto& entry : fs::directory_iterator(partial_, ignored)) {
+      if (entry.path().extension() == ".safetensors") return true;
+    }
+    fs::remove_all(partial_, ignored);
+    return false;
+  }
+
+  void refuse_existing_output() const {
+    if (fs::symlink_status(output_).type() != fs::file_type::not_found)
+      fail(output_, ": exists already; choose another -o or remove it");
+  }
+
   static constexpr int64_t kFoldUnits = 4;
 
   void tick(int64_t units, const std::string& note) {
@@ -103,7 +124,7 @@ class Job {
         !parent.empty() && !fs::is_directory(parent)) {
       fail(output_, ": the directory ", parent, " does not exist");
     }
-    if (fs::exists(output_)) fail(output_, ": exists already; choose another -o or remove it");
+    refuse_existing_output();
     if (is_larosa_dir(options_.source))
       fail(options_.source, ": config.json: field larosa: is the output of sparsify, not a source");
     if (options_.check_tensors) checkpoint_.check_finite();
@@ -117,16 +138,18 @@ class Job {
     for (int64_t l = 0; l < config_.layers; ++l) load_layer(checkpoint_, config_, l);
     make_plan();
     const std::string job = job_text();
-    const fs::path file = fs::path(partial_) / kJobFile;
-    if (fs::exists(partial_)) {
-      std::ifstream in(file);
-      const std::string old{std::istreambuf_iterator<char>(in), {}};
-      if (old != job)
+    const std::string file = (fs::path(partial_) / kJobFile).string();
+    fs::create_directory(partial_);
+    lock_.emplace(partial_);
+    refuse_existing_output();  // another process may have completed it meanwhile
+    if (fs::exists(file) || !fs::is_empty(partial_)) {
+      if (!fs::exists(file) || read_file(file) != job)
         fail(partial_, ": was begun with other options, text or model; remove it to start again");
+      owned_ = true;
       std::fprintf(stderr, "sparsify: resuming from %s\n", partial_.c_str());
       return;
     }
-    fs::create_directory(partial_);
+    owned_ = true;
     write_file(file, job);
   }
 
@@ -136,15 +159,18 @@ class Job {
     plan_.method = method_.name;
     plan_.form = choice.form == Form::folded ? "folded" : "simulate";
     plan_.fingerprint = checkpoint_.fingerprint();
-    plan_.sparsity = choice.sparsity;
     LayerPlan layer = method_.plan(choice, keep);
+    const bool thins = std::any_of(layer.groups.begin(), layer.groups.end(),
+                                   [](const Group& g) { return g.rule.select != Select::all; });
+    plan_.sparsity = thins ? choice.sparsity : 0;
     for (int64_t l = 0; l < config_.layers; ++l) {
       layer.adapter = wants_.stream && choice.form == Form::folded && l + 1 < config_.layers;
       plan_.layers.push_back(layer);
     }
     std::string scales;
     for (double s : choice.site_scale) scales += (scales.empty() ? "" : ",") + nlohmann::json(s).dump();
-    plan_.notes = {{"score", choice.score == Score::norm ? "norm" : "magnitude"}, {"site_scale", scales}};
+    if (thins)
+      plan_.notes = {{"score", choice.score == Score::norm ? "norm" : "magnitude"}, {"site_scale", scales}};
     if (wants_.stream) {
       plan_.notes["pool"] = choice.pool ? "on" : "off";
       plan_.notes["rotate_h2"] = choice.rotate_h2 ? "on" : "off";
@@ -158,8 +184,12 @@ class Job {
 
   std::string job_text() const {
     const uint64_t text = XXH3_64bits(tokens_.data(), tokens_.size_bytes());
-    return nlohmann::json(
-               {{"plan", plan_to_json(plan_)}, {"text", hex(text)}, {"products", backend_.products_name()}})
+    // The fingerprint names the tensors; a base frequency or a norm's epsilon stands in the config alone.
+    const std::string config = read_file((fs::path(options_.source) / "config.json").string());
+    return nlohmann::json({{"plan", plan_to_json(plan_)},
+                           {"text", hex(text)},
+                           {"config", hex(XXH3_64bits(config.data(), config.size()))},
+                           {"products", backend_.products_name()}})
         .dump();
   }
 
@@ -308,7 +338,7 @@ class Job {
       for (const std::string& name : shard.names()) map[name] = shard_name(i);
       total += shard.bytes();
     }
-    write_file(fs::path(partial_) / "model.safetensors.index.json",
+    write_file((fs::path(partial_) / "model.safetensors.index.json").string(),
                nlohmann::json({{"metadata", {{"total_size", total}}}, {"weight_map", map}}).dump(1));
     std::ifstream in(fs::path(options_.source) / "config.json");
     nlohmann::json config = nlohmann::json::parse(in);
@@ -318,7 +348,7 @@ class Job {
                         {"form", plan_.form},
                         {"sparsity", plan_.sparsity},
                         {"source", plan_.fingerprint}};
-    write_file(fs::path(partial_) / "config.json", config.dump(2) + "\n");
+    write_file((fs::path(partial_) / "config.json").string(), config.dump(2) + "\n");
     for (const char* name : kCopied) {
       const fs::path from = fs::path(options_.source) / name;
       if (fs::exists(from))
@@ -326,7 +356,7 @@ class Job {
     }
     for (int64_t l = 0; l < config_.layers; ++l) fs::remove(basis_file(l));
     fs::remove(fs::path(partial_) / kJobFile);
-    if (fs::exists(output_)) fail(output_, ": appeared meanwhile; the result stands in ", partial_);
+    refuse_existing_output();
     fs::rename(partial_, output_);
   }
 
@@ -340,6 +370,8 @@ class Job {
   const Method& method_;
   Wants wants_;
   std::string output_, partial_;
+  std::optional<DirectoryLock> lock_;  // of the partial directory
+  bool owned_ = false;                 // it is locked and holds this job
   Plan plan_;
   std::optional<Progress> progress_;
   int64_t done_ = 0;

@@ -23,12 +23,19 @@ struct Session::Data {
     cache = from.backend->make_kv_cache({c.layers, c.kv_heads, c.head_dim, context, kv_dtype(o.kv)});
   }
 
-  /// Runs all tokens that have not been through the model yet: a prompt's, or the one drawn last.
-  void evaluate(bool dense) {
+  bool cancelled() const { return options.cancelled && options.cancelled(); }
+
+  /// Runs all tokens that have not been through the model yet: a prompt's, the one drawn last. May be stopped
+  /// between batches and goes on from there.
+  void evaluate() {
     const Model& model = engine.model;
     int64_t rows = 0;
     while (evaluated < tokens.size()) {
-      rows = std::min(Decoder::kBatch, static_cast<int64_t>(tokens.size() - evaluated));
+      if (cancelled()) return;
+      const bool prompt = evaluated < prompt_end;
+      const size_t end = prompt ? prompt_end : tokens.size();
+      const bool dense = prompt && !options.sparse_prompt;
+      rows = std::min(Decoder::kBatch, static_cast<int64_t>(end - evaluated));
       const auto part = std::span<const int32_t>(tokens).subspan(evaluated, static_cast<size_t>(rows));
       const Mat h(hidden.data(), rows, model.config.dim);
       decoder.forward(model, part, *cache, static_cast<int64_t>(evaluated), Pass{dense, nullptr}, h);
@@ -47,7 +54,8 @@ struct Session::Data {
   Sampler sampler;
   std::unique_ptr<KvCache> cache;
   std::vector<int32_t> tokens;
-  size_t evaluated = 0;
+  size_t evaluated = 0;   // of tokens
+  size_t prompt_end = 0;  // tokens before it and not evaluated are a prompt's
   std::vector<float> hidden, logits;
 };
 
@@ -74,14 +82,16 @@ void Session::feed(std::span<const int32_t> tokens) {
     if (id < 0 || id >= d.engine.model.config.vocab)
       fail("token id ", id, " is outside the model's vocabulary of ", d.engine.model.config.vocab);
   }
-  d.evaluate(false);
+  d.evaluate();  // the token drawn last is no part of the prompt
   d.tokens.insert(d.tokens.end(), tokens.begin(), tokens.end());
-  d.evaluate(!d.options.sparse_prompt);
+  d.prompt_end = d.tokens.size();
+  d.evaluate();
 }
 
 std::span<const float> Session::logits() {
   if (data_->tokens.empty()) fail("the prompt is empty");
-  data_->evaluate(false);
+  data_->evaluate();
+  if (data_->evaluated < data_->tokens.size()) fail("cancelled");
   return data_->logits;
 }
 
@@ -98,9 +108,11 @@ Generated Session::generate(std::span<const int32_t> prompt, int64_t count,
   Generated result;
   const std::vector<int32_t>& eos = data_->engine.model.config.eos;
   TextStream stream(data_->engine.tokenizer);
+  bool wanted = true;
   const auto emit = [&](const std::string& text) {
     result.text += text;
-    return text.empty() || !sink || sink(text);
+    wanted = text.empty() || !sink || sink(text);
+    return wanted;
   };
   auto start = std::chrono::steady_clock::now();
   feed(prompt);
@@ -113,6 +125,11 @@ Generated Session::generate(std::span<const int32_t> prompt, int64_t count,
       break;
     }
     const size_t before = data_->evaluated;
+    data_->evaluate();
+    if (data_->evaluated < data_->tokens.size()) {
+      result.stop = Stop::caller;
+      break;
+    }
     const int32_t id = next();
     result.steps += data_->evaluated > before;
     if (!ignore_eos && std::find(eos.begin(), eos.end(), id) != eos.end()) {
@@ -126,7 +143,7 @@ Generated Session::generate(std::span<const int32_t> prompt, int64_t count,
       break;
     }
   }
-  emit(stream.finish());
+  if (wanted) emit(stream.finish());
   result.decode_seconds = seconds_since(start);
   return result;
 }

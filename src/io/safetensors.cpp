@@ -260,8 +260,7 @@ std::optional<Tensor> Checkpoint::find(const std::string& name) const {
   const Entry& entry = found->second;
   const StoredType* type = find_stored_type(entry.dtype);
   if (!type->dtype)
-    fail(file_of(name), ": tensor ", name, ": dtype ", entry.dtype,
-         " is not supported (F32, F16, BF16, F64 are)");
+    fail(file_of(name), ": tensor ", name, ": dtype ", entry.dtype, " is not supported (F32, F16, BF16 are)");
   return Tensor{name, *type->dtype, entry.shape, data_->bytes_of(entry), entry.bytes};
 }
 

@@ -2,6 +2,7 @@
 // directory that `larosa sparsify` wrote, or filled with random weights to time a shape.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -56,13 +57,18 @@ struct TokenBytes {
   int64_t thinning = 0;         // score weights and run-time bases
   int64_t outer = 0;            // head, norms, biases, one embedding row
   int64_t kv_per_position = 0;  // keys and values of one earlier token, all layers
+  int64_t kv_windowed = 0;      // of it in layers with a sliding window
+  int64_t window = 0;           // its length, tokens; 0: none
 
   int64_t sparse(int64_t positions = 0) const {
-    return projections + adapters + thinning + outer + positions * kv_per_position;
+    return projections + adapters + thinning + outer + kv(positions);
   }
   /// The model as it came: every channel, no adapter, no score weights.
-  int64_t dense(int64_t positions = 0) const {
-    return projections_dense + outer + positions * kv_per_position;
+  int64_t dense(int64_t positions = 0) const { return projections_dense + outer + kv(positions); }
+  /// Keys and values read by a token with `positions` earlier ones.
+  int64_t kv(int64_t positions) const {
+    const int64_t seen = window > 0 ? std::min(positions, window) : positions;
+    return positions * (kv_per_position - kv_windowed) + seen * kv_windowed;
   }
 };
 /// `kv`: element type of the cache.

@@ -5,12 +5,12 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <vector>
 
 #include "base/error.h"
+#include "io/files.h"
 #include "io/json.h"
 
 namespace larosa {
@@ -152,13 +152,6 @@ void write_tensor(SafetensorsWriter& writer, const SafetensorsWriter::Entry& ent
   }
 }
 
-void write_text(const fs::path& path, const std::string& text) {
-  std::ofstream file(path, std::ios::binary);
-  file << text;
-  file.close();
-  if (!file) fail(path.string(), ": cannot write");
-}
-
 /// The 256 bytes as tokens, in GPT-2's byte alphabet: printable bytes stand for themselves, the others for
 /// U+0100 onwards.
 std::string byte_tokenizer() {
@@ -269,11 +262,11 @@ void write_random_checkpoint(const std::string& config_file, const std::string& 
       writer.finish();
     }
     if (shards.size() > 1) {
-      write_text(fs::path(partial) / "model.safetensors.index.json",
+      write_file((fs::path(partial) / "model.safetensors.index.json").string(),
                  nlohmann::json({{"metadata", {{"total_size", total}}}, {"weight_map", map}}).dump(1));
     }
-    write_text(fs::path(partial) / "config.json", json.dump(2) + "\n");
-    write_text(fs::path(partial) / "tokenizer.json", byte_tokenizer() + "\n");
+    write_file((fs::path(partial) / "config.json").string(), json.dump(2) + "\n");
+    write_file((fs::path(partial) / "tokenizer.json").string(), byte_tokenizer() + "\n");
     fs::rename(partial, dir);
   } catch (const fs::filesystem_error& e) {
     std::error_code ignored;
