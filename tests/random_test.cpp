@@ -11,14 +11,9 @@ namespace larosa {
 namespace {
 
 Plan plan_for(const ModelConfig& config, double sparsity) {
-  const Method& method = find_method("larosa");
   Choice choice;
   choice.sparsity = sparsity;
-  Plan plan;
-  plan.layers.assign(static_cast<size_t>(config.layers),
-                     method.plan(choice, site_keeps(config, sparsity, choice.site_scale)));
-  for (size_t l = 0; l + 1 < plan.layers.size(); ++l) plan.layers[l].adapter = true;
-  return plan;
+  return plan_model(find_method("larosa"), config, choice);
 }
 
 TEST(RandomModel, FiniteEqualAndSparse) {

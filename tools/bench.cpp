@@ -66,20 +66,10 @@ DType dtype_of(const std::string& name) {
   return name == "f32" ? DType::f32 : name == "f16" ? DType::f16 : DType::bf16;
 }
 
-/// The layers of `method`'s plan at this sparsity, adapters between them as in a folded model.
-Plan plan_of(const ModelConfig& config, const std::string& method_name, double sparsity) {
-  const Method& method = find_method(method_name);
+Plan plan_of(const ModelConfig& config, const std::string& method, double sparsity) {
   Choice choice;
   choice.sparsity = sparsity;
-  Plan plan;
-  plan.method = method_name;
-  plan.form = "folded";
-  plan.sparsity = sparsity;
-  const LayerPlan layer = method.plan(choice, site_keeps(config, sparsity, choice.site_scale));
-  plan.layers.assign(static_cast<size_t>(config.layers), layer);
-  const bool turns = method.wants(choice).stream;
-  for (size_t l = 0; turns && l + 1 < plan.layers.size(); ++l) plan.layers[l].adapter = true;
-  return plan;
+  return plan_model(find_method(method), config, choice);
 }
 
 double median(std::vector<double> values) {

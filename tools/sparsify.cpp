@@ -1,7 +1,6 @@
 // larosa sparsify: calibrate, choose, fold, write.
 #include "calib/sparsify.h"
 
-#include <algorithm>
 #include <filesystem>
 #include <memory>
 
@@ -61,7 +60,7 @@ std::vector<int32_t> calibration_tokens(const Flags& f, int64_t& window) {
 }
 
 /// A flag that the method would not look at is a misunderstanding.
-void refuse_unused(const Flags& f, const CLI::App& app, const Choice& choice) {
+void refuse_unused(const Flags& f, const CLI::App& app, const Choice& choice, const Plan& plan) {
   const Method& method = find_method(f.method);
   const auto refuse = [&](const char* option) {
     if (app.get_option(option)->count() > 0) fail(option, ": method ", f.method, " does not use it");
@@ -73,10 +72,7 @@ void refuse_unused(const Flags& f, const CLI::App& app, const Choice& choice) {
       std::fprintf(stderr, "sparsify: method %s needs no calibration, --calib is not read\n",
                    f.method.c_str());
   }
-  const LayerPlan layer = method.plan(choice, {1, 1, 1, 1});
-  const bool thins = std::any_of(layer.groups.begin(), layer.groups.end(),
-                                 [](const Group& g) { return g.rule.select != Select::all; });
-  if (!thins) {
+  if (!thins(plan.layers[0])) {
     for (const char* option : {"--sparsity", "--score", "--site-scale"}) refuse(option);
   }
 }
@@ -98,10 +94,9 @@ int run(Flags& f, const CLI::App& app) {
   choice.after_gain = f.select == "gained";
   if (choice.after_gain && choice.form == Form::folded)
     fail("--select gained: only --form simulate can thin after the RMSNorm gain");
-  refuse_unused(f, app, choice);
   options.check_tensors = f.check_tensors;
   options.progress = !f.machine.no_progress;
-  site_keeps(load_config(f.model), choice.sparsity, choice.site_scale);
+  refuse_unused(f, app, choice, plan_model(find_method(f.method), load_config(f.model), choice));
   int64_t window = 1;
   std::vector<int32_t> tokens;
   if (find_method(f.method).wants(choice).any()) tokens = calibration_tokens(f, window);

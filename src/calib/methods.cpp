@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <sstream>
 
 #include "base/error.h"
 
@@ -66,6 +67,23 @@ std::array<int64_t, 4> site_keeps(const ModelConfig& config, double sparsity,
         std::clamp<int64_t>(std::llround(static_cast<double>(dim[i]) * (1.0 - site(high, i))), 1, dim[i]);
   }
   return keep;
+}
+
+Plan plan_model(const Method& method, const ModelConfig& config, const Choice& choice) {
+  Plan plan;
+  plan.method = method.name;
+  plan.form = choice.form == Form::folded ? "folded" : "simulate";
+  const LayerPlan layer = method.plan(choice, site_keeps(config, choice.sparsity, choice.site_scale));
+  plan.layers.assign(static_cast<size_t>(config.layers), layer);
+  if (method.wants(choice).stream && choice.form == Form::folded) {
+    for (size_t l = 0; l + 1 < plan.layers.size(); ++l) plan.layers[l].adapter = true;
+  }
+  if (!thins(layer)) return plan;
+  plan.sparsity = choice.sparsity;
+  std::ostringstream scales;
+  for (size_t i = 0; i < 4; ++i) scales << (i > 0 ? "," : "") << choice.site_scale[i];
+  plan.notes = {{"score", choice.score == Score::norm ? "norm" : "magnitude"}, {"site_scale", scales.str()}};
+  return plan;
 }
 
 LayerPlan topk_layer(const Choice& choice, const std::array<int64_t, 4>& keep,

@@ -67,6 +67,11 @@ const Method& find_method(const std::string& name);
 std::array<int64_t, 4> site_keeps(const ModelConfig& config, double sparsity,
                                   const std::array<double, 4>& site_scale);
 
+/// What `method` does to every layer of a model: keeps by site_keeps, an adapter after each layer but the
+/// last where bases are folded into the stream. Names no source model and no calibration. Throws as
+/// site_keeps.
+Plan plan_model(const Method& method, const ModelConfig& config, const Choice& choice);
+
 /// The usual four groups, each thinned by Top-K; `rotated` marks the sites with a run-time basis.
 LayerPlan topk_layer(const Choice& choice, const std::array<int64_t, 4>& keep,
                      const std::array<bool, 4>& rotated);

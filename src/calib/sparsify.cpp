@@ -155,22 +155,8 @@ class Job {
 
   void make_plan() {
     const Choice& choice = options_.choice;
-    const auto keep = site_keeps(config_, choice.sparsity, choice.site_scale);
-    plan_.method = method_.name;
-    plan_.form = choice.form == Form::folded ? "folded" : "simulate";
+    plan_ = plan_model(method_, config_, choice);
     plan_.fingerprint = checkpoint_.fingerprint();
-    LayerPlan layer = method_.plan(choice, keep);
-    const bool thins = std::any_of(layer.groups.begin(), layer.groups.end(),
-                                   [](const Group& g) { return g.rule.select != Select::all; });
-    plan_.sparsity = thins ? choice.sparsity : 0;
-    for (int64_t l = 0; l < config_.layers; ++l) {
-      layer.adapter = wants_.stream && choice.form == Form::folded && l + 1 < config_.layers;
-      plan_.layers.push_back(layer);
-    }
-    std::string scales;
-    for (double s : choice.site_scale) scales += (scales.empty() ? "" : ",") + nlohmann::json(s).dump();
-    if (thins)
-      plan_.notes = {{"score", choice.score == Score::norm ? "norm" : "magnitude"}, {"site_scale", scales}};
     if (wants_.stream) {
       plan_.notes["pool"] = choice.pool ? "on" : "off";
       plan_.notes["rotate_h2"] = choice.rotate_h2 ? "on" : "off";

@@ -95,6 +95,11 @@ LayerPlan dense_layer() {
   return {{{{wq, wk, wv}, {}}, {{wo}, {}}, {{gate, up}, {}}, {{down}, {}}}, false};
 }
 
+bool thins(const LayerPlan& layer) {
+  return std::any_of(layer.groups.begin(), layer.groups.end(),
+                     [](const Group& group) { return group.rule.select != Select::all; });
+}
+
 std::string plan_to_json(const Plan& plan) {
   json layers = json::array();
   for (const LayerPlan& layer : plan.layers) layers.push_back(layer_to_json(layer));

@@ -49,6 +49,8 @@ struct Plan {
 
 /// A layer whose seven projections are read whole, in the usual four groups (q k v, o, gate up, down).
 LayerPlan dense_layer();
+/// True when some group of the layer is not read whole.
+bool thins(const LayerPlan& layer);
 
 /// JSON text ↔ Plan. plan_from_json throws Error naming `source` and the field.
 std::string plan_to_json(const Plan& plan);
