@@ -15,6 +15,7 @@
 
 #include "backend/backend.h"
 #include "base/error.h"
+#include "base/quant.h"
 #include "base/thread_pool.h"
 
 namespace larosa::cases {
@@ -31,8 +32,15 @@ inline const std::vector<Shape> kShapes = {{1, 1},     {3, 5},     {17, 64},    
 inline const std::vector<Shape> kBenchShapes = {
     {2048, 8192}, {8192, 2048}, {4096, 11008}, {2048, 2048}, {768, 2048}};
 inline const std::vector<int64_t> kRows = {1, 2, 3, 17, 64};
-inline const std::vector<DType> kTypes = {DType::f32, DType::f16, DType::bf16};
+inline const std::vector<DType> kTypes = {DType::f32, DType::f16, DType::bf16, DType::int8, DType::int4};
 inline const std::vector<Layout> kLayouts = {Layout::channels, Layout::rows};
+/// Types that products take in a layout.
+inline std::vector<DType> types(Layout layout) {
+  std::vector<DType> all;
+  for (const DType t : kTypes)
+    if (layout == Layout::channels || !quantised(t)) all.push_back(t);
+  return all;
+}
 inline const std::vector<int> kThreads = {1, 2, 3, 4};
 
 inline std::vector<int64_t> keeps(int64_t n) {
@@ -132,38 +140,34 @@ class Rows {
 class StoredWeight {
  public:
   StoredWeight(DType dtype, Layout layout, int64_t in, int64_t out, bool bias, Random& random)
-      : bytes_(static_cast<size_t>((in * out + 1) * dtype_size(dtype))),
-        bias_(static_cast<size_t>(bias ? out : 0)) {
-    char* first = bytes_.data() + dtype_size(dtype);
-    for (int64_t i = 0; i < in * out; ++i) store_element(first, dtype, i, 0.5 * random.normal());
+      : bias_(static_cast<size_t>(bias ? out : 0)) {
+    weight = {nullptr, nullptr, dtype, layout, in, out};
+    const int64_t off = quantised(dtype) ? 1 : dtype_size(dtype), line = weight.line_bytes();
+    bytes_.resize(static_cast<size_t>(weight.bytes() + off));
+    std::vector<float> values(static_cast<size_t>(weight.line_length()));
+    for (int64_t i = 0; i < weight.lines(); ++i) {
+      for (float& v : values) v = 0.5f * random.normal();
+      std::byte* to = bytes_.data() + off + i * line;
+      if (quantised(dtype)) {
+        quantise_line(values.data(), weight.line_length(), dtype, to);
+        continue;
+      }
+      for (size_t j = 0; j < values.size(); ++j) store_element(to, dtype, static_cast<int64_t>(j), values[j]);
+    }
     for (float& b : bias_) b = random.normal();
-    weight = {first, bias ? bias_.data() : nullptr, dtype, layout, in, out};
+    weight.data = bytes_.data() + off;
+    weight.bias = bias ? bias_.data() : nullptr;
   }
   StoredWeight(StoredWeight&&) = default;
   StoredWeight(const StoredWeight&) = delete;
 
-  /// The same with absolute values, for error bounds.
-  void absolute() {
-    char* first = bytes_.data() + dtype_size(weight.dtype);
-    for (int64_t i = 0; i < weight.in * weight.out; ++i) {
-      store_element(first, weight.dtype, i, std::fabs(load_element(first, weight.dtype, i)));
-    }
-    for (float& b : bias_) b = std::fabs(b);
-  }
-
  private:
-  std::vector<char> bytes_;
+  std::vector<std::byte> bytes_;
   std::vector<float> bias_;
 
  public:
   Weight weight;
 };
-
-inline void absolute(Mat m) {
-  for (int64_t t = 0; t < m.rows; ++t) {
-    for (int64_t i = 0; i < m.cols; ++i) m.row(t)[i] = std::fabs(m.row(t)[i]);
-  }
-}
 
 /// Number of entries whose bits differ.
 inline int64_t bits_differ(Mat a, Mat b) {

@@ -44,11 +44,33 @@ class ProductCase {
     return y;
   }
 
-  /// Turns everything into its absolute value: the true value of that is Σ|x·w| + |bias| + |y|.
-  void absolute_all() {
-    absolute(x.mat);
-    for (StoredWeight& w : weights) w.absolute();
-    for (Rows& s : start_) absolute(s.mat);
+  /// Σ|x·w| + |bias| + |y|, what the error bound of a sum is relative to. int4 kernels sum scale · (16 + q)
+  /// and take 24 · scale off at the end: up to 47 scales for a weight of any size.
+  std::vector<Rows> magnitudes() const {
+    std::vector<Rows> sums;
+    for (size_t p = 0; p < weights.size(); ++p) {
+      const Weight& w = weights[p].weight;
+      sums.emplace_back(x.mat.rows, w.out);
+      std::vector<float> sizes = read_weight(w);
+      if (w.dtype == DType::int4) {
+        for (int64_t i = 0; i < w.in; ++i) {
+          for (int64_t j = 0; j < w.out; ++j)
+            sizes[static_cast<size_t>(i * w.out + j)] = 47 * read_scale(w.line(i), w.dtype, w.out, j);
+        }
+      }
+      for (int64_t t = 0; t < x.mat.rows; ++t) {
+        for (int64_t j = 0; j < w.out; ++j) {
+          double sum =
+              (w.bias ? std::fabs(w.bias[j]) : 0.0f) + (accumulate_ ? std::fabs(start_[p].at(t, j)) : 0.0f);
+          for (int64_t i = 0; i < w.in; ++i) {
+            const int64_t at = w.layout == Layout::rows ? j * w.in + i : i * w.out + j;
+            sum += std::fabs(double{x.at(t, i)} * sizes[static_cast<size_t>(at)]);
+          }
+          sums[p].mat.row(t)[j] = static_cast<float>(sum);
+        }
+      }
+    }
+    return sums;
   }
 
  private:

@@ -8,6 +8,7 @@
 
 #include "backend/backend.h"
 #include "base/error.h"
+#include "base/quant.h"
 
 namespace larosa {
 namespace {
@@ -80,9 +81,7 @@ class RefBackend final : public Backend {
     for (int64_t t = 0; t < x.rows; ++t) {
       const int64_t token = tokens[static_cast<size_t>(t)];
       CHECK(token >= 0 && token < table.out);
-      for (int64_t i = 0; i < x.cols; ++i) {
-        x.row(t)[i] = load_element(table.data, table.dtype, token * table.in + i);
-      }
+      read_line(table.line(token), table.dtype, x.cols, 0, x.cols, x.row(t));
     }
   }
 
@@ -217,12 +216,13 @@ class RefBackend final : public Backend {
   static void product(Mat x, const Product& p) {
     const Weight& w = p.weight;
     CHECK(x.cols == w.in && p.y.cols == w.out && p.y.rows == x.rows);
+    const std::vector<float> values = read_weight(w);
     for (int64_t t = 0; t < x.rows; ++t) {
       for (int64_t j = 0; j < w.out; ++j) {
         double sum = 0;
         for (int64_t i = 0; i < w.in; ++i) {
-          const int64_t at = w.layout == Layout::rows ? j * w.in + i : i * w.out + j;
-          sum += double(x.row(t)[i]) * load_element(w.data, w.dtype, at);
+          sum +=
+              double(x.row(t)[i]) * values[size_t(w.layout == Layout::rows ? j * w.in + i : i * w.out + j)];
         }
         if (w.bias) sum += w.bias[j];
         if (p.accumulate) sum += p.y.row(t)[j];

@@ -2,7 +2,18 @@
 
 #include <cstring>
 
+#include "base/error.h"
+#include "base/quant.h"
+
 namespace larosa {
+
+int64_t line_bytes(DType t, int64_t n) {
+  if (!quantised(t)) return n * dtype_size(t);
+  constexpr int64_t kLine = 64;
+  const int64_t padded = padded_line(n);
+  const int64_t bytes = (t == DType::int4 ? padded / 2 : padded) + padded / quant_group(t) * 2;
+  return (bytes + kLine - 1) / kLine * kLine;
+}
 
 float f16_to_f32(uint16_t v) {
   const uint32_t sign = (v & 0x8000u) << 16;
@@ -63,7 +74,13 @@ float load_element(const void* data, DType dtype, int64_t i) {
       return bf16_to_f32(read<uint16_t>(data, i));
     case DType::f64:
       return static_cast<float>(read<double>(data, i));
+    case DType::u8:
+      return static_cast<float>(read<uint8_t>(data, i));
+    case DType::int8:
+    case DType::int4:
+      break;
   }
+  CHECK(!quantised(dtype));
   return 0;
 }
 
@@ -77,7 +94,13 @@ void store_element(void* data, DType dtype, int64_t i, double value) {
       return write(data, i, f32_to_bf16(to_f32_odd(value)));
     case DType::f64:
       return write(data, i, value);
+    case DType::u8:
+      return write(data, i, static_cast<uint8_t>(value));
+    case DType::int8:
+    case DType::int4:
+      break;
   }
+  CHECK(!quantised(dtype));
 }
 
 }  // namespace larosa

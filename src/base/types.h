@@ -7,14 +7,20 @@
 
 namespace larosa {
 
-/// Element types of stored tensors. Arithmetic is float32 throughout; these are storage.
-enum class DType { f32, f16, bf16, f64 };
+/// Element types of stored tensors. Arithmetic is float32 throughout; these are storage. int8 and int4 are
+/// lines of scaled integers (base/quant.h); u8 is how a file names their bytes.
+enum class DType { f32, f16, bf16, f64, u8, int8, int4 };
 
-/// Bytes of one element.
-constexpr int64_t dtype_size(DType t) {
-  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2;
+constexpr bool quantised(DType t) {
+  return t == DType::int8 || t == DType::int4;
 }
-/// "f32", "f16", "bf16", "f64": the name in flags, logs and tables.
+/// Bytes of one element of a type that has elements (not int8, int4: these come in lines).
+constexpr int64_t dtype_size(DType t) {
+  return t == DType::f64 ? 8 : t == DType::f32 ? 4 : t == DType::u8 ? 1 : 2;
+}
+/// Bytes of n values that lie together, with scales and padding where the type has them.
+int64_t line_bytes(DType t, int64_t n);
+/// "f32", "f16", "bf16", "f64", "u8", "int8", "int4": the name in flags, logs and tables.
 constexpr const char* dtype_name(DType t) {
   switch (t) {
     case DType::f32:
@@ -25,6 +31,12 @@ constexpr const char* dtype_name(DType t) {
       return "bf16";
     case DType::f64:
       return "f64";
+    case DType::u8:
+      return "u8";
+    case DType::int8:
+      return "int8";
+    case DType::int4:
+      return "int4";
   }
   return "?";
 }
@@ -46,7 +58,7 @@ struct Mat {
 
 /// How a weight lies in memory. `rows`: (out, in), one output's inputs are contiguous, as Hugging Face stores
 /// it. `channels`: (in, out), one input channel's outputs are contiguous, so that a dropped channel is never
-/// read.
+/// read. Quantised products are always `channels`; a quantised table of `rows` can only be looked up.
 enum class Layout { rows, channels };
 
 /// A view of one linear map y = x Wᵀ + bias, in → out.
@@ -58,7 +70,14 @@ struct Weight {
   int64_t in = 0;
   int64_t out = 0;
 
-  int64_t bytes() const { return in * out * dtype_size(dtype); }
+  /// A line: what lies together, the outputs of one input channel or the inputs of one output.
+  int64_t lines() const { return layout == Layout::channels ? in : out; }
+  int64_t line_length() const { return layout == Layout::channels ? out : in; }
+  const void* line(int64_t i) const {
+    return static_cast<const char*>(data) + i * larosa::line_bytes(dtype, line_length());
+  }
+  int64_t line_bytes() const { return larosa::line_bytes(dtype, line_length()); }
+  int64_t bytes() const { return lines() * line_bytes(); }
   explicit operator bool() const { return data != nullptr; }
 };
 
@@ -75,7 +94,7 @@ inline uint16_t f32_to_bf16(float f) {
 float f16_to_f32(uint16_t v);
 uint16_t f32_to_f16(float f);
 
-/// Element i of an array of `dtype`, as float32 (f64 is rounded).
+/// Element i of an array of `dtype` (not int8, int4), as float32 (f64 is rounded).
 float load_element(const void* data, DType dtype, int64_t i);
 /// Rounds `value` once to `dtype` and stores it as element i.
 void store_element(void* data, DType dtype, int64_t i, double value);

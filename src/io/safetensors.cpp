@@ -173,8 +173,9 @@ std::optional<int64_t> first_not_finite(const Tensor& tensor) {
       return first_not_finite<uint16_t>(tensor.data, tensor.elements(), 0x7f80u);
     case DType::f64:
       return first_not_finite<uint64_t>(tensor.data, tensor.elements(), 0x7ff0000000000000ull);
+    default:
+      return std::nullopt;
   }
-  return std::nullopt;
 }
 
 }  // namespace
@@ -262,6 +263,13 @@ std::optional<Tensor> Checkpoint::find(const std::string& name) const {
   if (!type->dtype)
     fail(file_of(name), ": tensor ", name, ": dtype ", entry.dtype, " is not supported (F32, F16, BF16 are)");
   return Tensor{name, *type->dtype, entry.shape, data_->bytes_of(entry), entry.bytes};
+}
+
+std::optional<Tensor> Checkpoint::find_bytes(const std::string& name) const {
+  const auto found = data_->entries.find(name);
+  if (found == data_->entries.end() || found->second.dtype != "U8") return std::nullopt;
+  const Entry& entry = found->second;
+  return Tensor{name, DType::u8, entry.shape, data_->bytes_of(entry), entry.bytes};
 }
 
 Tensor Checkpoint::get(const std::string& name, std::span<const int64_t> shape) const {

@@ -47,6 +47,8 @@ class Checkpoint {
 
   /// The tensor, or nothing.
   std::optional<Tensor> find(const std::string& name) const;
+  /// The tensor if it is there as plain bytes (U8, how quantised lines are stored), else nothing.
+  std::optional<Tensor> find_bytes(const std::string& name) const;
   /// The tensor; throws Error (file, tensor, expected, found) when it is absent or has another shape.
   Tensor get(const std::string& name, std::span<const int64_t> shape) const;
   /// All names, sorted.

@@ -22,8 +22,9 @@ const char* stored_name(DType dtype) {
       return "BF16";
     case DType::f64:
       return "F64";
+    default:
+      return "U8";  // quantised lines
   }
-  return "?";
 }
 
 }  // namespace

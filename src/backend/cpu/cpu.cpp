@@ -15,6 +15,7 @@
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/matmul.h"
 #include "base/error.h"
+#include "base/quant.h"
 #include "base/thread_pool.h"
 
 namespace larosa {
@@ -122,8 +123,7 @@ class CpuBackend final : public Backend {
     each_row(x.rows, [&](int, int64_t t) {
       const int64_t token = tokens[static_cast<size_t>(t)];
       CHECK(token >= 0 && token < table.out);
-      const char* row = static_cast<const char*>(table.data) + token * table.in * dtype_size(table.dtype);
-      kernels_.widen(row, table.dtype, x.cols, x.row(t));
+      kernels_.widen_line(table, token, 0, x.cols, x.row(t));
     });
   }
 
@@ -270,7 +270,7 @@ class CpuBackend final : public Backend {
     int64_t in_channels = 0, row_bytes = 0;
     for (const Product& p : products) {
       in_channels += p.weight.layout == Layout::channels;
-      row_bytes = std::max(row_bytes, p.weight.out * dtype_size(p.weight.dtype));
+      row_bytes = std::max(row_bytes, channel_bytes(p.weight));
     }
     const ChannelList* lists = in_channels == 0 ? nullptr
                                : kept           ? kept->channels.lists()
@@ -314,30 +314,31 @@ class CpuBackend final : public Backend {
                        p.y.row(t));
   }
 
-  static int64_t padded(int64_t outputs) { return (outputs + 63) / 64 * 64; }
   static int64_t padded_outputs(std::span<const Product> products) {
     int64_t sum = 0;
-    for (const Product& p : products) sum += padded(p.weight.out);
+    for (const Product& p : products) sum += padded_line(p.weight.out);
     return sum;
   }
+  /// Bytes of an input's outputs, whatever the layout.
+  static int64_t channel_bytes(const Weight& w) { return line_bytes(w.dtype, w.out); }
 
   /// body(product, base, begin, end) for the outputs of share `share` of `shares`: all outputs together cut
-  /// into even shares of bytes, at whole cache lines, so that no line of y or of a channel is shared. `base`:
-  /// padded outputs of the products before.
+  /// into even shares of bytes, at whole blocks of 128, so that no line of y is shared. `base`: padded
+  /// outputs of the products before.
   template <class Body>
   static void each_range(std::span<const Product> products, int64_t share, int64_t shares, const Body& body) {
     int64_t total = 0, bytes = 0, base = 0;
-    for (const Product& p : products) total += p.weight.out * dtype_size(p.weight.dtype);
+    for (const Product& p : products) total += channel_bytes(p.weight);
     const int64_t low = total * share / shares, high = total * (share + 1) / shares;
     for (const Product& p : products) {
-      const int64_t size = dtype_size(p.weight.dtype), out = p.weight.out;
+      const int64_t size = channel_bytes(p.weight), out = p.weight.out;
       const auto output = [&](int64_t byte) {
-        return std::clamp<int64_t>(padded((byte - bytes) / size), 0, out);
+        return std::clamp<int64_t>(padded_line((byte - bytes) * out / size), 0, out);
       };
       const int64_t begin = output(low), end = share + 1 == shares ? out : output(high);
       if (begin < end) body(p, base, begin, end);
-      bytes += out * size;
-      base += padded(out);
+      bytes += size;
+      base += padded_line(out);
     }
   }
 

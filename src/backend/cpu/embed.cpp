@@ -5,6 +5,7 @@
 #define HWY_TARGET_INCLUDE "backend/cpu/embed.cpp"
 #include "hwy/foreach_target.h"
 // Highway's loop over the targets must come first.
+#include <algorithm>
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/simd-inl.h"
 
@@ -37,6 +38,36 @@ void widen(const void* from, DType dtype, int64_t n, float* to) {
   if (dtype == DType::f32) return widen_as(static_cast<const float*>(from), dtype, n, to);
   if (dtype == DType::f16) return widen_as(static_cast<const hwy::float16_t*>(from), dtype, n, to);
   widen_as(static_cast<const hwy::bfloat16_t*>(from), dtype, n, to);
+}
+
+/// scale · q in float32, one rounding, as read_line does.
+void widen_quantised(const std::byte* line, DType dtype, int64_t n, int64_t first, int64_t count, float* to) {
+  const FloatTag d;
+  const std::byte* scales = line + scales_offset(dtype, n);
+  HWY_ALIGN float block[kQuantBlock];
+  for (int64_t done = 0; done < count; done += kQuantBlock) {
+    const int64_t at = first + done;
+    if (dtype == DType::int8) {
+      const Floats scale = hn::Set(d, half_at(scales, at / kQuantBlock));
+      for (int64_t i = 0; i < kQuantBlock; i += lanes())
+        hn::Store(hn::Mul(scale, widen_int8(line + at + i)), d, block + i);
+    } else {
+      for (int64_t part = 0; part < 16; part += lanes()) {
+        const auto words = load_words(line + at / 2 + part * 4);
+        for (int64_t k = 0; k < 8; ++k) {
+          const Floats scale = hn::Set(d, half_at(scales, at / 32 + k / 2));
+          hn::StoreU(hn::Mul(scale, widen_nibble(words, static_cast<int>(4 * k))), d, block + 16 * k + part);
+        }
+      }
+    }
+    std::memcpy(to + done, block, static_cast<size_t>(std::min(kQuantBlock, count - done)) * sizeof(float));
+  }
+}
+
+void widen_line(const Weight& w, int64_t line, int64_t first, int64_t count, float* to) {
+  const auto* bytes = static_cast<const std::byte*>(w.line(line));
+  if (quantised(w.dtype)) return widen_quantised(bytes, w.dtype, w.line_length(), first, count, to);
+  widen(bytes + first * dtype_size(w.dtype), w.dtype, count, to);
 }
 
 void narrow_bf16(const float* from, int64_t n, uint16_t* to) {
@@ -88,6 +119,7 @@ void narrow(const float* from, DType dtype, int64_t n, void* to) {
 
 void fill_embed(Kernels& kernels) {
   kernels.widen = widen;
+  kernels.widen_line = widen_line;
   kernels.narrow = narrow;
   kernels.target = hwy::TargetName(HWY_TARGET);
 }

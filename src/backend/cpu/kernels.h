@@ -43,6 +43,9 @@ struct Kernels {
   // -- embed: storage ↔ float32 -------------------------------------------------------------------------
   /// to[i] = from[i] widened.                                       n elements of `dtype`
   void (*widen)(const void* from, DType dtype, int64_t n, float* to);
+  /// to[i] = value first + i of a line (out or in long) of any stored type; `first` at a block of 128 when
+  /// quantised.
+  void (*widen_line)(const Weight& w, int64_t line, int64_t first, int64_t count, float* to);
   /// to[i] = from[i] rounded to nearest even.                       dtype f32, f16 or bf16
   void (*narrow)(const float* from, DType dtype, int64_t n, void* to);
 
@@ -52,7 +55,7 @@ struct Kernels {
   // -- gemv ---------------------------------------------------------------------------------------------
   /// part[j − begin] = Σ_c value[c] · w[index[c], j] for j in [begin, end), one chain of fused multiply-adds
   /// per output in the order of c. part: aligned to 64 bytes, in an order of the kernel's own within every
-  /// 64, with room for a multiple of 64.  w (in, out) channels
+  /// 128, with room for a multiple of 128; begin at a multiple of 128.  w (in, out) channels
   void (*gemv_chain)(const Weight& w, const int32_t* index, const float* value, int64_t count, int64_t begin,
                      int64_t end, float* part);
   /// y[j] = even[j − begin] + odd[j − begin] (+ bias[j]) (+ y[j]) for j in [begin, end): the parts of both

@@ -7,6 +7,7 @@
 
 #include "backend/cpu/isa.h"
 #include "base/error.h"
+#include "base/quant.h"
 #include "base/thread_pool.h"
 
 namespace larosa {
@@ -37,14 +38,12 @@ class OneThread {
   int before_;
 };
 
-/// Outputs per tile: at least four tiles of a wide product, an even share for each, whole vectors.
-int64_t tile_width(int64_t outputs) {
-  const int64_t tiles = std::max<int64_t>(4, (outputs + kWidth - 1) / kWidth + 3) / 4 * 4;
-  return std::min(outputs, std::max<int64_t>(64, ((outputs + tiles - 1) / tiles + 15) / 16 * 16));
-}
-
-const char* element(const Weight& w, int64_t i) {
-  return static_cast<const char*>(w.data) + i * dtype_size(w.dtype);
+/// Outputs per tile: at least four tiles of a wide product, an even share for each, whole vectors (whole
+/// blocks where quantised lines are cut).
+int64_t tile_width(const Weight& w) {
+  const int64_t grain = quantised(w.dtype) ? kQuantBlock : 16;
+  const int64_t tiles = std::max<int64_t>(4, (w.out + kWidth - 1) / kWidth + 3) / 4 * 4;
+  return std::min(w.out, std::max<int64_t>(64, ((w.out + tiles - 1) / tiles + grain - 1) / grain * grain));
 }
 
 }  // namespace
@@ -68,7 +67,7 @@ void Matmul::run(Mat x, std::span<const Product> products, Products arithmetic) 
   tiles_.clear();
   for (const Product& p : products) {
     CHECK(p.weight.in == x.cols && p.y.cols == p.weight.out && p.y.rows == x.rows);
-    const int64_t width = tile_width(p.weight.out);
+    const int64_t width = tile_width(p.weight);
     for (int64_t first = 0; first < p.weight.out; first += width) {
       tiles_.push_back({&p, first, std::min(width, p.weight.out - first)});
     }
@@ -113,8 +112,8 @@ void Matmul::widen_panel(const Weight& w, const Tile& tile, int64_t k0, int64_t 
   const size_t size = static_cast<size_t>(lines * length);
   if (scratch.panel.size() < size) scratch.panel.resize(size);
   for (int64_t i = 0; i < lines; ++i) {
-    const int64_t at = rows ? (tile.first + i) * w.in + k0 : (k0 + i) * w.out + tile.first;
-    kernels_.widen(element(w, at), w.dtype, length, &scratch.panel[static_cast<size_t>(i * length)]);
+    kernels_.widen_line(w, (rows ? tile.first : k0) + i, rows ? k0 : tile.first, length,
+                        &scratch.panel[static_cast<size_t>(i * length)]);
   }
   if (arithmetic_ == Products::bf16 && w.dtype != DType::bf16) {
     if (scratch.panel16.size() < size) scratch.panel16.resize(size);
@@ -132,8 +131,8 @@ void Matmul::narrow_panel(const Weight& w, const Tile& tile, int64_t k0, int64_t
     scratch.panel16.resize(static_cast<size_t>(lines * length));
   }
   for (int64_t i = 0; i < lines; ++i) {
-    const int64_t at = rows ? (tile.first + i) * w.in + k0 : (k0 + i) * w.out + tile.first;
-    kernels_.widen(element(w, at), w.dtype, length, scratch.panel.data());
+    kernels_.widen_line(w, (rows ? tile.first : k0) + i, rows ? k0 : tile.first, length,
+                        scratch.panel.data());
     kernels_.narrow(scratch.panel.data(), DType::bf16, length,
                     &scratch.panel16[static_cast<size_t>(i * length)]);
   }

@@ -8,6 +8,7 @@
 
 #include <cstring>
 
+#include "base/quant.h"
 #include "base/types.h"
 #include "hwy/highway.h"
 
@@ -61,7 +62,6 @@ struct Pair {
 
 struct F32 {
   using Stored = float;
-  static constexpr bool kEvenOdd = false;
   static HWY_INLINE Pair load(const float* p) {
     const FloatTag d;
     return {hn::LoadU(d, p), hn::LoadU(d, p + lanes())};
@@ -70,13 +70,11 @@ struct F32 {
 
 struct F16 {
   using Stored = uint16_t;
-  static constexpr bool kEvenOdd = false;
   static HWY_INLINE Pair load(const uint16_t* p) { return {widen_half(p), widen_half(p + lanes())}; }
 };
 
 struct BF16 {
   using Stored = uint16_t;
-  static constexpr bool kEvenOdd = true;
   static HWY_INLINE Pair load(const uint16_t* p) {
     const FloatTag d;
     const hn::ScalableTag<uint32_t> d32;
@@ -101,7 +99,42 @@ HWY_INLINE Pair load_tail(const typename Format::Stored* p, int64_t left) {
   return Format::load(padded);
 }
 
-/// Calls body(Format()) for the element type.
+// Quantised lines (base/quant.h). Bytes are loaded by memcpy-like moves: files align nothing.
+
+/// Scale `i` of an array of f16.
+HWY_INLINE float half_at(const std::byte* scales, int64_t i) {
+  uint16_t bits;
+  std::memcpy(&bits, scales + 2 * i, sizeof(bits));
+  return f16_to_f32(bits);
+}
+/// One vector of int8 levels.
+HWY_INLINE Floats widen_int8(const std::byte* p) {
+  const hn::Rebind<int8_t, FloatTag> d8;
+  return hn::ConvertTo(FloatTag(),
+                       hn::PromoteTo(IntTag(), hn::LoadU(d8, reinterpret_cast<const int8_t*>(p))));
+}
+/// One vector of words, each with eight nibbles.
+using WordTag = hn::ScalableTag<uint32_t>;
+HWY_INLINE hn::Vec<WordTag> load_words(const std::byte* p) {
+  const WordTag d32;
+#if HWY_TARGET == HWY_SCALAR  // loads no vector of bytes
+  uint32_t word;
+  std::memcpy(&word, p, sizeof(word));
+  return hn::Set(d32, word);
+#else
+  const hn::ScalableTag<uint8_t> d8;
+  return hn::BitCast(d32, hn::LoadU(d8, reinterpret_cast<const uint8_t*>(p)));
+#endif
+}
+/// The levels q in [−8, 7] that stand `shift` bits up in each word.
+HWY_INLINE Floats widen_nibble(hn::Vec<WordTag> words, int shift) {
+  const WordTag d32;
+  const IntTag di;
+  const auto level = hn::BitCast(di, hn::And(hn::ShiftRightSame(words, shift), hn::Set(d32, 15)));
+  return hn::ConvertTo(FloatTag(), hn::Sub(level, hn::Set(di, 8)));
+}
+
+/// Calls body(Format()) for a plain element type.
 template <class Body>
 HWY_INLINE void with_format(DType dtype, const Body& body) {
   if (dtype == DType::f32) {
