@@ -60,7 +60,7 @@ void gemv(State& state, Shape shape, DType dtype, Layout layout, double keep) {
     keep < 1 ? cpu()->sparse_matmul(*kept, std::span(&product, 1))
              : cpu()->matmul(x.mat, std::span(&product, 1));
   }
-  const double bytes = static_cast<double>(count * shape.out * dtype_size(dtype));
+  const double bytes = static_cast<double>(count * line_bytes(dtype, shape.out));
   using Counter = benchmark::Counter;
   state.counters["GB/s"] = Counter(bytes * 1e-9, Counter::kIsIterationInvariantRate);
   state.counters["of_read"] = Counter(bytes * 1e-9 / read_bandwidth(), Counter::kIsIterationInvariantRate);

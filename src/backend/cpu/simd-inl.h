@@ -123,7 +123,11 @@ HWY_INLINE hn::Vec<WordTag> load_words(const std::byte* p) {
   return hn::Set(d32, word);
 #else
   const hn::ScalableTag<uint8_t> d8;
-  return hn::BitCast(d32, hn::LoadU(d8, reinterpret_cast<const uint8_t*>(p)));
+  auto words = hn::BitCast(d32, hn::LoadU(d8, reinterpret_cast<const uint8_t*>(p)));
+#if HWY_TARGET == HWY_AVX3 && HWY_COMPILER_GCC  // else GCC loads the words again for each of eight shifts
+  asm("" : "+v"(words.raw));
+#endif
+  return words;
 #endif
 }
 /// The levels q in [−8, 7] that stand `shift` bits up in each word.
