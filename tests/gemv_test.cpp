@@ -132,7 +132,10 @@ TEST(Gemv, RotateIsAProduct) {
 
 TEST(Isa, OverrideTakesEffect) {
   const std::pair<const char*, std::vector<std::string>> expected[] = {
-      {"avx512", {"AVX3"}}, {"avx2", {"AVX2"}}, {"portable", {"SCALAR", "EMU128", "NEON", "SVE"}}};
+      {"avx512vnni", {"AVX3_DL"}},
+      {"avx512", {"AVX3,"}},
+      {"avx2", {"AVX2"}},
+      {"portable", {"SCALAR", "EMU128", "NEON", "SVE"}}};
   for (const std::string& isa : isas()) {
     const Cpu cpu(isa, 1);
     bool named = false;

@@ -121,7 +121,6 @@ void fill_embed(Kernels& kernels) {
   kernels.widen = widen;
   kernels.widen_line = widen_line;
   kernels.narrow = narrow;
-  kernels.target = hwy::TargetName(HWY_TARGET);
 }
 
 }  // namespace HWY_NAMESPACE

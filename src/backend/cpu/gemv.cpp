@@ -2,6 +2,7 @@
 // accumulators stay in the first-level cache; every output is one chain of multiply-adds per ChannelList, in
 // its order, so that leaving out a zero channel changes no bit and threads may cut the outputs anywhere. Rows
 // layout: dot products. Quantised lines are widened in registers: their bytes are what memory is asked for.
+#define LAROSA_WITH_VNNI
 #include "backend/cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -101,7 +102,13 @@ using Words = hn::Vec<WordTag>;
 /// sum + low half · low half + high half · high half, in every 32-bit lane.
 HWY_INLINE Ints dot_pairs(Words levels, Words multipliers, Ints sum) {
   const IntTag di;
-#if HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2
+#if HWY_TARGET == HWY_AVX3_DL  // one instruction for two: 3.2 ns instead of 3.7 for 128 weights of 4 bits
+  // By name: the flags that Highway 1.0 gives the compiler for this set lack avx512vnni, which it checks at
+  // run time.
+  Ints result = sum;
+  asm("vpdpwssd %2, %1, %0" : "+v"(result.raw) : "v"(levels.raw), "v"(multipliers.raw));
+  return result;
+#elif HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2
   const HalfTag d16;
   Ints unused = hn::Zero(di);
   return hn::ReorderWidenMulAccumulate(di, hn::BitCast(d16, levels), hn::BitCast(d16, multipliers), sum,
@@ -320,15 +327,24 @@ class QuantisedPass {
       ahead[c] = next_count > 0 ? line(next[std::min(c, next_count - 1)]) + levels_at_ : now[0];
     for (int64_t b = 0; b < blocks_; ++b) {
       const int64_t at = b * Format::kBytes, g = b * Format::kGroups;
-      for (int64_t byte = at; byte < at + Format::kBytes; byte += kLine) {
-        for (int64_t c = 0; c < kChannels; ++c) __builtin_prefetch(ahead[c] + byte, 0, 2);
-      }
       for (int64_t part = 0; part < kQuantBlock; part += 8 * lanes()) {
         Sums s = Sums::load(sums_ + b * kQuantBlock + part);
-        for (int64_t c = 0; c < count; c += 2)
+        for (int64_t c = 0; c < count; c += 2) {
+          if (part == 0) fetch(ahead + c, 2, at);
           Format::add_pair(now[c] + at, now[c + 1] + at, part, pairs_[(first + c) / 2] + g, s);
+        }
+        if (part == 0) fetch(ahead + (count + 1) / 2 * 2, kChannels - (count + 1) / 2 * 2, at);
         s.store(sums_ + b * kQuantBlock + part);
       }
+    }
+  }
+
+  /// A block of some lines. Called between the products: a burst of 16 would wait for the 24 misses that a
+  /// core may have open.
+  static HWY_INLINE void fetch(const std::byte* const* lines, int64_t count, int64_t at) {
+    for (int64_t c = 0; c < count; ++c) {
+      for (int64_t byte = at; byte < at + Format::kBytes; byte += kLine)
+        __builtin_prefetch(lines[c] + byte, 0, 2);
     }
   }
 
@@ -482,6 +498,7 @@ void fill_gemv(Kernels& kernels) {
   kernels.gemv_rows = gemv_rows;
   kernels.pack_input = pack_input;
   kernels.packed_size = packed_size;
+  kernels.target = hwy::TargetName(HWY_TARGET);
 }
 
 }  // namespace HWY_NAMESPACE

@@ -12,15 +12,16 @@ namespace {
 
 struct Isa {
   const char* name;
-  int64_t target;  // Highway's bit
+  int64_t targets;  // Highway's bits
   dnnl::cpu_isa onednn;
 };
 
 #if HWY_ARCH_X86
-// avx512 stands for all that the machine has on top of it too: oneDNN then uses bf16 and AMX.
+// avx512 and avx512vnni stand for all that the machine has for oneDNN: it then uses bf16 and AMX.
 constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::sse41},
                          {"avx2", HWY_AVX2, dnnl::cpu_isa::avx2},
-                         {"avx512", HWY_AVX3, dnnl::cpu_isa::all}};
+                         {"avx512", HWY_AVX3, dnnl::cpu_isa::all},
+                         {"avx512vnni", HWY_AVX3_DL | HWY_AVX3, dnnl::cpu_isa::all}};
 #else
 constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::all}};
 #endif
@@ -32,7 +33,8 @@ const Isa* forced_isa() {
   for (const Isa& isa : kIsas) {
     known += (known.empty() ? "" : ", ") + std::string(isa.name);
     if (std::string(value) != isa.name) continue;
-    const bool supported = isa.target == HWY_STATIC_TARGET || (hwy::SupportedTargets() & isa.target) != 0;
+    const bool supported =
+        isa.targets == HWY_STATIC_TARGET || (hwy::SupportedTargets() & isa.targets) == isa.targets;
     if (!supported) fail("LAROSA_ISA: this processor has no ", value);
     return &isa;
   }
@@ -45,7 +47,7 @@ Kernels choose_kernels() {
   const Isa* forced = forced_isa();
   if (forced) {
     dnnl::set_max_cpu_isa(forced->onednn);
-    hwy::SetSupportedTargetsForTest(forced->target);
+    hwy::SetSupportedTargetsForTest(forced->targets);
   }
   Kernels kernels{};
   fill_embed(kernels);

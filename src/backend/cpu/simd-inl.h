@@ -124,7 +124,7 @@ HWY_INLINE hn::Vec<WordTag> load_words(const std::byte* p) {
 #else
   const hn::ScalableTag<uint8_t> d8;
   auto words = hn::BitCast(d32, hn::LoadU(d8, reinterpret_cast<const uint8_t*>(p)));
-#if HWY_TARGET == HWY_AVX3 && HWY_COMPILER_GCC  // else GCC loads the words again for each of eight shifts
+#if HWY_TARGET <= HWY_AVX3 && HWY_COMPILER_GCC  // else GCC loads the words again for each of eight shifts
   asm("" : "+v"(words.raw));
 #endif
   return words;

@@ -1,7 +1,10 @@
 // Which instruction sets the kernels are compiled for, once for all of them; included before any Highway
 // header. On x86: AVX3 (AVX-512), AVX2, and the portable one (plain C++, runs on every x86-64). The rest
-// would only cost compile time: SSE4 machines are too old to matter, and AVX3_DL adds nothing that these
-// kernels use.
+// would only cost compile time: SSE4 machines are too old to matter. A stem that defines LAROSA_WITH_VNNI is
+// compiled for AVX3_DL (AVX-512 with VNNI) as well; to the others it adds nothing.
 #pragma once
 
-#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4 | HWY_AVX3_DL)
+#ifdef LAROSA_WITH_VNNI
+#define HWY_WANT_AVX3_DL
+#endif
+#define HWY_DISABLED_TARGETS (HWY_SSSE3 | HWY_SSE4)
