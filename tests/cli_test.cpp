@@ -252,6 +252,12 @@ TEST_F(Cli, TokenizerBeyondTheModel) {
   expect_refused({"sparsify", dir_ / "bad", "-o", dir_ / "made", "--calib", text()}, {"5000", "260"});
 }
 
+TEST_F(Cli, MessagesAreOneLineWhateverAFileSays) {
+  edit_json(copy("bad") + "/tokenizer.json",
+            [](nlohmann::json& j) { j["pre_tokenizer"]["type"] = "Two\nlines\x1b[31m"; });
+  expect_refused({"run", dir_ / "bad", "-p", "x"}, {"tokenizer.json", "Two lines [31m"});
+}
+
 TEST_F(Cli, Prompts) {
   const std::string empty = dir_ / "empty.txt";
   std::ofstream(empty).close();
@@ -259,6 +265,7 @@ TEST_F(Cli, Prompts) {
   expect_refused({"run", model(), "-f", empty}, {"empty.txt", "empty"});
   expect_refused({"run", model(), "-f", "-"}, {"empty"});
   expect_refused({"run", model(), "-f", dir_ / "absent.txt"}, {"absent.txt"});
+  expect_refused({"run", model(), "-f", "/proc/self/mem"}, {"/proc/self/mem", "cannot be read"});
   expect_refused({"run", model(), "-f", text()}, {"4000 tokens", "128"});
   expect_refused({"run", model()}, {"-p", "-f"});
   expect_refused({"run", model(), "-p", "x", "--temp", "-1"}, {"--temp"});
@@ -318,6 +325,20 @@ TEST_F(Cli, FullDisk) {
   EXPECT_EQ(bench.code, 1);
   EXPECT_FALSE(fs::exists(dir_ / "saved"));
   EXPECT_FALSE(fs::exists(dir_ / "saved.partial"));
+}
+
+TEST_F(Cli, RandomWeightsAreSavedWhereNothingStands) {
+  const auto save = [&](const std::string& name) {
+    return Arguments{"bench", "--config", dir_ / "config.json", "--random-weights", "--save", dir_ / name};
+  };
+  EXPECT_EQ(run(save("slash/")).code, 0);
+  EXPECT_TRUE(fs::exists(dir_ / "slash/config.json"));
+  expect_refused(save("slash"), {"slash", "exists"});
+  expect_refused(save("nowhere/x"), {"nowhere", "does not exist"});
+  fs::create_directory(dir_ / "other.partial");  // of a sparsify that waits for its resume
+  std::ofstream(dir_ / "other.partial/basis-0.safetensors") << "precious";
+  expect_refused(save("other"), {"other.partial", "exists"});
+  EXPECT_EQ(file_bytes(dir_ / "other.partial/basis-0.safetensors"), "precious");
 }
 
 TEST_F(Cli, NothingIsLeftOfAStartThatFails) {
@@ -389,10 +410,11 @@ TEST_F(Cli, Outputs) {
   expect_refused({"run", model(), "-f", model()}, {"directory"});
   if (!fs::exists("/dev/full")) return;
   for (const Arguments& a :
-       {Arguments{"inspect", model()}, Arguments{"run", model(), "-p", "x", "-n", "1"}}) {
+       {Arguments{"inspect", model()}, Arguments{"run", model(), "-p", "x", "-n", "100", "--ignore-eos"}}) {
     const Outcome o = run(a, {"/dev/null", RLIM_INFINITY, "/dev/full"});
     EXPECT_EQ(o.code, 1);
     EXPECT_NE(o.err.find("error: standard output"), std::string::npos) << o.err;
+    EXPECT_EQ(o.err.find("decode: 99 tokens"), std::string::npos) << o.err;  // it stops where nobody reads
   }
 }
 

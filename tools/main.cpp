@@ -51,13 +51,18 @@ int main_checked(int argc, char** argv) {
   } catch (const CLI::Success& e) {  // --help, --version
     return app.exit(e);
   } catch (const CLI::ParseError& e) {
-    std::string line = e.what();
-    std::replace(line.begin(), line.end(), '\n', ' ');
     const auto used = app.get_subcommands();
-    fail(line, " (larosa ", used.empty() ? "" : used[0]->get_name() + " ", "--help)");
+    fail(e.what(), " (larosa ", used.empty() ? "" : used[0]->get_name() + " ", "--help)");
   }
   if (std::fflush(stdout) != 0 || std::ferror(stdout)) fail("standard output: cannot be written");
   return code;
+}
+
+/// One line, whatever the file or flag that it quotes holds.
+void print_error(std::string message) {
+  std::replace_if(
+      message.begin(), message.end(), [](unsigned char c) { return c < 0x20 || c == 0x7f; }, ' ');
+  std::fprintf(stderr, "error: %s\n", message.c_str());
 }
 
 }  // namespace
@@ -70,9 +75,9 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "interrupted\n");
     return 130;
   } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "error: out of memory\n");
+    larosa::print_error("out of memory");
   } catch (const std::exception& e) {
-    std::fprintf(stderr, "error: %s\n", e.what());
+    larosa::print_error(e.what());
   }
   return 1;
 }

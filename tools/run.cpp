@@ -23,9 +23,10 @@ struct Flags {
   MachineOptions machine;
 };
 
-void write_out(std::string_view text) {
+/// False when nobody can read on (a full disk): then there is no point in going on.
+bool write_out(std::string_view text) {
   std::fwrite(text.data(), 1, text.size(), stdout);
-  std::fflush(stdout);
+  return std::fflush(stdout) == 0;
 }
 
 void print_timings(const Engine& engine, const Generated& g, const std::string& kv) {
@@ -57,11 +58,7 @@ int run(Flags& f) {
   std::fprintf(stderr, "%s\n", engine.describe().c_str());
   catch_interrupts();
   if (f.echo) write_out(prompt);
-  const auto sink = [](std::string_view text) {
-    write_out(text);
-    return true;
-  };
-  const Generated generated = session.generate(ids, f.tokens, sink, f.ignore_eos);
+  const Generated generated = session.generate(ids, f.tokens, write_out, f.ignore_eos);
   write_out("\n");
   if (!generated.tokens.empty() || !interrupted()) print_timings(engine, generated, f.session.kv);
   throw_if_interrupted();

@@ -82,7 +82,7 @@ int run(Flags& f, const CLI::App& app) {
   if (f.output.empty()) fail("-o: is empty, expected a directory to write");
   SparsifyOptions options;
   options.source = f.model;
-  options.output = std::filesystem::path(f.output + "/").parent_path().string();
+  options.output = f.output;
   options.method = f.method;
   Choice& choice = options.choice;
   choice.sparsity = f.sparsity;

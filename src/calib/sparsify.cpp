@@ -66,8 +66,8 @@ class Job {
         checkpoint_(Checkpoint::open(options.source)),
         method_(find_method(options.method)),
         wants_(method_.wants(options.choice)),
-        output_(options.output),
-        partial_(options.output + ".partial") {}
+        output_(vacant_path(options.output)),
+        partial_(output_ + ".partial") {}
 
   void run() {
     try {
@@ -105,11 +105,6 @@ class Job {
     return false;
   }
 
-  void refuse_existing_output() const {
-    if (fs::symlink_status(output_).type() != fs::file_type::not_found)
-      fail(output_, ": exists already; choose another -o or remove it");
-  }
-
   static constexpr int64_t kFoldUnits = 4;
 
   void tick(int64_t units, const std::string& note) {
@@ -120,11 +115,6 @@ class Job {
   /// Checks everything that can be checked before the first byte is written; makes or re-opens the partial
   /// directory.
   void prepare() {
-    if (std::string parent = fs::path(output_).parent_path().string();
-        !parent.empty() && !fs::is_directory(parent)) {
-      fail(output_, ": the directory ", parent, " does not exist");
-    }
-    refuse_existing_output();
     if (is_larosa_dir(options_.source))
       fail(options_.source, ": config.json: field larosa: is the output of sparsify, not a source");
     if (options_.check_tensors) checkpoint_.check_finite();
@@ -141,7 +131,7 @@ class Job {
     const std::string file = (fs::path(partial_) / kJobFile).string();
     fs::create_directory(partial_);
     lock_.emplace(partial_);
-    refuse_existing_output();  // another process may have completed it meanwhile
+    vacant_path(output_);  // another process may have completed it meanwhile
     if (fs::exists(file) || !fs::is_empty(partial_)) {
       if (!fs::exists(file) || read_file(file) != job)
         fail(partial_, ": was begun with other options, text or model; remove it to start again");
@@ -342,7 +332,7 @@ class Job {
     }
     for (int64_t l = 0; l < config_.layers; ++l) fs::remove(basis_file(l));
     fs::remove(fs::path(partial_) / kJobFile);
-    refuse_existing_output();
+    vacant_path(output_);
     fs::rename(partial_, output_);
   }
 

@@ -4,24 +4,32 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <array>
 #include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
-#include <iterator>
 
 #include "base/error.h"
 
 namespace larosa {
 
+namespace fs = std::filesystem;
+
 std::string read_file(const std::string& path) {
-  if (path == "-") return {std::istreambuf_iterator<char>(std::cin), {}};
-  if (std::filesystem::is_directory(path)) fail(path, ": is a directory, expected a file");
-  std::ifstream file(path, std::ios::binary);
+  const bool standard = path == "-";
+  std::error_code ignored;
+  if (!standard && fs::is_directory(path, ignored)) fail(path, ": is a directory, expected a file");
+  std::ifstream file;
+  if (!standard) file.open(path, std::ios::binary);
   if (!file) fail(path, ": cannot be opened");
-  std::string text{std::istreambuf_iterator<char>(file), {}};
-  if (file.bad() || (file.fail() && !file.eof())) fail(path, ": cannot be read");
+  std::istream& in = standard ? std::cin : file;
+  std::string text;
+  std::array<char, 1 << 16> part;
+  while (in.read(part.data(), part.size()) || in.gcount() > 0)
+    text.append(part.data(), static_cast<size_t>(in.gcount()));
+  if (in.bad()) fail(path, ": cannot be read");
   return text;
 }
 
@@ -31,7 +39,18 @@ void write_file(const std::string& path, const std::string& text) {
   file << text;
   file.close();
   if (!file) fail(path, ": cannot be written");
-  std::filesystem::rename(temporary, path);
+  fs::rename(temporary, path);
+}
+
+std::string vacant_path(const std::string& path) {
+  std::string dir = fs::path(path + "/").parent_path().string();
+  const fs::path above = fs::path(dir).parent_path();
+  std::error_code ignored;
+  if (!above.empty() && !fs::is_directory(above, ignored))
+    fail(dir, ": the directory ", above.string(), " does not exist");
+  if (fs::symlink_status(dir, ignored).type() != fs::file_type::not_found)
+    fail(dir, ": exists already; choose another name or remove it");
+  return dir;
 }
 
 DirectoryLock::DirectoryLock(const std::string& dir)

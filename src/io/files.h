@@ -11,6 +11,10 @@ std::string read_file(const std::string& path);
 /// Writes `text` under a temporary name and renames it, so that `path` is whole or absent. Throws Error.
 void write_file(const std::string& path, const std::string& text);
 
+/// `path` without slashes at its end, for a file or directory that is to be made. Throws Error naming it when
+/// something stands there already or the directory above it does not exist.
+std::string vacant_path(const std::string& path);
+
 /// Holds a directory for this process as long as it lives; goes with the directory when that is renamed.
 class DirectoryLock {
  public:

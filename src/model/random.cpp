@@ -32,7 +32,7 @@ struct Bits {
   uint64_t random, fixed;
 };
 Bits bits_of(DType dtype, int exponent) {
-  const auto e = [exponent](int bias) { return static_cast<uint64_t>(exponent + bias); };
+  const auto e = [exponent](int64_t bias) { return static_cast<uint64_t>(exponent + bias); };
   switch (dtype) {
     case DType::bf16:
       return {16, 0x807f, e(127) << 7};
@@ -88,7 +88,7 @@ class Filler {
     const size_t size = static_cast<size_t>(elements * dtype_size(dtype));
     model_.memory.push_back(std::make_unique_for_overwrite<std::byte[]>(size + kAlign));
     std::byte* raw = model_.memory.back().get();
-    raw += (kAlign - std::bit_cast<uintptr_t>(raw) % kAlign) % kAlign;
+    raw += (kAlign - reinterpret_cast<uintptr_t>(raw) % kAlign) % kAlign;
     fill(raw, dtype, elements, in, hash(options_.seed, tensors_++), pool_);
     return raw;
   }
@@ -219,14 +219,14 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
   return model;
 }
 
-void write_random_checkpoint(const std::string& config_file, const std::string& dir,
+void write_random_checkpoint(const std::string& config_file, const std::string& path,
                              const RandomOptions& options, int64_t shard_bytes, ThreadPool& pool,
                              const std::function<void(int64_t, int64_t)>& progress) {
   nlohmann::json json = read_json(config_file);
   const ModelConfig config = parse_config(json, config_file);
   if (config.vocab < 256)
     fail(config_file, ": vocab_size is ", config.vocab, ", expected at least 256 bytes");
-  if (fs::exists(dir)) fail(dir, ": exists");
+  const std::string dir = vacant_path(path), partial = dir + ".partial";
   json["torch_dtype"] = options.dtype == DType::bf16  ? "bfloat16"
                         : options.dtype == DType::f16 ? "float16"
                                                       : "float32";
@@ -242,9 +242,10 @@ void write_random_checkpoint(const std::string& config_file, const std::string& 
     total += bytes;
     shards.back().push_back(std::move(entry));
   }
-  const std::string partial = dir + ".partial";
+  std::error_code reason;
+  if (!fs::create_directory(partial, reason))
+    fail(partial, ": ", reason ? reason.message() : "exists already; remove it to start again");
   try {
-    fs::create_directories(partial);
     nlohmann::json map = nlohmann::json::object();
     uint64_t tensor = 0;
     for (size_t i = 0; i < shards.size(); ++i) {

@@ -25,9 +25,9 @@ Model make_random_model(const ModelConfig& config, const Plan& plan, const Rando
 
 /// Writes a Hugging Face directory of the shape that `config_file` (a config.json) describes: a copy of that
 /// file with torch_dtype set, safetensors shards of at most `shard_bytes` each (at least one tensor) with
-/// their index, and a byte-level tokenizer.json without merges. `dir` must not exist; it appears when it is
-/// complete. `progress(done, total)`, in bytes, may be empty; it may throw to stop. Throws Error for a
-/// refused config, a vocabulary too small for 256 bytes, or a full disk.
+/// their index, and a byte-level tokenizer.json without merges. `dir` appears when it is complete, until then
+/// "<dir>.partial" grows; neither may exist before. `progress(done, total)`, in bytes, may be empty; it may
+/// throw to stop. Throws Error for a refused config, a vocabulary too small for 256 bytes, or a full disk.
 void write_random_checkpoint(const std::string& config_file, const std::string& dir,
                              const RandomOptions& options, int64_t shard_bytes, ThreadPool& pool,
                              const std::function<void(int64_t done, int64_t total)>& progress);
