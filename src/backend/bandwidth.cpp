@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <chrono>
-#include <memory>
 #include <vector>
 
+#include "base/huge_pages.h"
 #include "base/thread_pool.h"
 
 namespace larosa {
@@ -27,16 +27,16 @@ uint64_t sum(const uint64_t* words, int64_t begin, int64_t end) {
 
 double measure_read_bandwidth(ThreadPool& pool, int64_t bytes) {
   const int64_t words = std::max<int64_t>(bytes / 8, kLine);
-  const auto memory = std::make_unique_for_overwrite<uint64_t[]>(static_cast<size_t>(words));
-  pool.split(words, kLine,
-             [&](int64_t begin, int64_t end) { std::fill(&memory[begin], &memory[0] + end, 1); });
+  const HugePages pages(words * 8);
+  auto* memory = reinterpret_cast<uint64_t*>(pages.data());
+  pool.split(words, kLine, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 1); });
   double best = 0;
   for (int pass = 0; pass < 5; ++pass) {
     std::vector<uint64_t> totals(static_cast<size_t>(pool.size()));
     const auto start = std::chrono::steady_clock::now();
     pool.run([&](int thread) {
       const int64_t begin = words * thread / pool.size(), end = words * (thread + 1) / pool.size();
-      totals[static_cast<size_t>(thread)] = sum(memory.get(), begin, end);
+      totals[static_cast<size_t>(thread)] = sum(memory, begin, end);
     });
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     volatile uint64_t keep = totals[0];  // the sums are wanted

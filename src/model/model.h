@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "base/huge_pages.h"
 #include "base/types.h"
 #include "io/safetensors.h"
 #include "model/config.h"
@@ -36,8 +37,8 @@ struct Model {
   Plan plan;  // the layers' plans and where they come from; dense: method "dense"
   std::vector<Layer> layers;
   OuterWeights outer;
-  std::optional<Checkpoint> checkpoint;              // keeps the mapped files; none for random weights
-  std::vector<std::unique_ptr<std::byte[]>> memory;  // random weights
+  std::optional<Checkpoint> checkpoint;  // keeps the mapped files; none for random weights
+  std::vector<HugePages> memory;         // random weights
 };
 
 /// Loads `dir`. Throws Error for everything that load_config, Checkpoint, load_layer and validate refuse.

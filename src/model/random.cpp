@@ -1,7 +1,6 @@
 #include "model/random.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
@@ -84,13 +83,10 @@ class Filler {
 
  private:
   std::byte* bytes(int64_t elements, int64_t in, DType dtype) {
-    constexpr size_t kAlign = 64;
-    const size_t size = static_cast<size_t>(elements * dtype_size(dtype));
-    model_.memory.push_back(std::make_unique_for_overwrite<std::byte[]>(size + kAlign));
-    std::byte* raw = model_.memory.back().get();
-    raw += (kAlign - reinterpret_cast<uintptr_t>(raw) % kAlign) % kAlign;
-    fill(raw, dtype, elements, in, hash(options_.seed, tensors_++), pool_);
-    return raw;
+    model_.memory.emplace_back(elements * dtype_size(dtype));
+    std::byte* data = model_.memory.back().data();
+    fill(data, dtype, elements, in, hash(options_.seed, tensors_++), pool_);
+    return data;
   }
 
   Model& model_;
