@@ -1,29 +1,31 @@
 // larosa bench: how fast a model, or any shape with random weights, runs on this machine.
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
 
 #include "backend/bandwidth.h"
+#include "backend/profile.h"
 #include "base/error.h"
 #include "base/progress.h"
+#include "bench_report.h"
 #include "calib/methods.h"
 #include "command.h"
 #include "io/json.h"
 #include "model/decoder.h"
 #include "model/random.h"
-#include "version.h"
 
 namespace larosa {
 namespace {
 
 struct Flags {
   std::string model, config, save, format = "md", method = "larosa", dtype = "bf16", kv = "f32";
-  bool random_weights = false;
-  int64_t prompt = 512, gen = 128, depth = 0, reps = 5, shard_mb = 5000;
+  bool random_weights = false, ops = false;
+  int64_t prompt = 512, gen = 128, reps = 5, shard_mb = 5000;
+  std::vector<int64_t> depths = {0};
+  std::vector<int> threads = {0};  // 0: one per available core
   std::vector<double> sparsity;
   MachineOptions machine;
 };
@@ -31,6 +33,8 @@ struct Flags {
 /// How the weights of one model are read. Several readings share the memory, so that they differ by nothing
 /// else.
 struct Reading {
+  std::string method = "dense";
+  bool sparse = false;
   std::vector<LayerPlan> plans;
   std::vector<std::vector<GroupData>> groups;
   std::vector<Weight> adapters;
@@ -38,6 +42,8 @@ struct Reading {
 
 Reading reading_of(const Model& model) {
   Reading reading;
+  reading.method = model.plan.method;
+  reading.sparse = true;
   for (const Layer& layer : model.layers) {
     reading.plans.push_back(layer.plan);
     reading.groups.push_back(layer.groups);
@@ -50,8 +56,8 @@ Reading reading_of(const Model& model) {
 Reading dense_reading(const Model& model) {
   const size_t layers = model.layers.size();
   const LayerPlan plan = dense_layer();
-  return {std::vector(layers, plan), std::vector(layers, std::vector<GroupData>(plan.groups.size())),
-          std::vector<Weight>(layers)};
+  return {"dense", false, std::vector(layers, plan),
+          std::vector(layers, std::vector<GroupData>(plan.groups.size())), std::vector<Weight>(layers)};
 }
 
 void use(Model& model, const Reading& reading) {
@@ -72,77 +78,31 @@ Plan plan_of(const ModelConfig& config, const std::string& method, double sparsi
   return plan_model(find_method(method), config, choice);
 }
 
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t half = values.size() / 2;
-  return values.size() % 2 ? values[half] : 0.5 * (values[half - 1] + values[half]);
-}
-
-/// One line of the table: a reading and a test, timed once per repetition.
-struct Row {
-  size_t reading = 0;
-  std::string test;
-  int64_t tokens = 0;
-  double sparsity = 0;          // of the projections' weight bytes
-  double bytes = 0;             // read per token; 0 for prompts
-  double dense_bytes = 0;       // the same of the dense reading
-  std::vector<double> seconds;  // per repetition
-
-  std::vector<double> rates() const {
-    std::vector<double> r;
-    for (double s : seconds) r.push_back(static_cast<double>(tokens) / s);
-    return r;
-  }
-  double mean_rate() const {
-    double sum = 0;
-    for (double r : rates()) sum += r;
-    return sum / static_cast<double>(seconds.size());
-  }
-  double rate_deviation() const {
-    double sum = 0;
-    const double mean = mean_rate();
-    for (double r : rates()) sum += (r - mean) * (r - mean);
-    return seconds.size() > 1 ? std::sqrt(sum / static_cast<double>(seconds.size() - 1)) : 0;
-  }
-};
-
-struct Report {
-  std::string name;     // "llama 1.24B bf16"
-  std::string backend;  // one line
-  int64_t bytes = 0;    // of the dense reading's tensors
-  int64_t parameters = 0;
-  int threads = 0;
-  std::vector<double> bandwidth;  // GB/s, per repetition
-  std::vector<Row> rows;
-
-  /// Ratios are taken within a repetition, so that a slow moment of the machine touches both sides.
-  double bandwidth_share(const Row& row) const {
-    std::vector<double> shares;
-    for (size_t i = 0; i < row.seconds.size(); ++i)
-      shares.push_back(row.bytes * row.rates()[i] * 1e-9 / bandwidth[i]);
-    return median(shares);
-  }
-  double speedup(const Row& row) const {
-    for (const Row& dense : rows) {
-      if (dense.reading != 0 || dense.test != row.test) continue;
-      std::vector<double> ratios;
-      for (size_t i = 0; i < row.seconds.size(); ++i) ratios.push_back(dense.seconds[i] / row.seconds[i]);
-      return median(ratios);
-    }
-    return 1;
-  }
-};
-
 /// One timeline whose positions are written again and again.
 class Timeline {
  public:
   Timeline(const Model& model, Backend& backend, int64_t capacity, DType kv)
       : model_(model),
+        backend_(backend),
         decoder_(model.config, backend),
         cache_(backend.make_kv_cache(
             {model.config.layers, model.config.kv_heads, model.config.head_dim, capacity, kv})),
         hidden_(static_cast<size_t>(Decoder::kBatch * model.config.dim)),
         logits_(static_cast<size_t>(model.config.vocab)) {}
+
+  /// Keys and values at positions [0, count), for the price of writing them: each attends to itself alone.
+  void fill(int64_t count) {
+    const ModelConfig& c = model_.config;
+    std::vector<float> values(static_cast<size_t>(Decoder::kBatch * (2 * c.q_dim() + c.kv_dim())));
+    for (float& v : values) v = static_cast<float>(next() >> 40) * 0x1p-23f - 1;
+    for (int64_t first = 0; first < count; first += Decoder::kBatch) {
+      throw_if_interrupted();
+      const int64_t rows = std::min(Decoder::kBatch, count - first);
+      const Mat q(values.data(), rows, c.q_dim()), out(q.row(rows), rows, c.q_dim()),
+          k(out.row(rows), rows, c.kv_dim());
+      for (int64_t l = 0; l < c.layers; ++l) backend_.attend(q, k, k, *cache_, l, first, 1, out);
+    }
+  }
 
   /// `count` tokens at `pos` …, one after another or together, with the logits after the last of each step.
   void feed(int64_t pos, int64_t count, bool together, const Pass& pass) {
@@ -151,10 +111,8 @@ class Timeline {
       throw_if_interrupted();
       const int64_t rows = std::min(step, count - first);
       tokens_.resize(static_cast<size_t>(rows));
-      for (int32_t& id : tokens_) {
-        state_ = state_ * 6364136223846793005ull + 1442695040888963407ull;
-        id = static_cast<int32_t>((state_ >> 33) % static_cast<uint64_t>(model_.config.vocab));
-      }
+      for (int32_t& id : tokens_)
+        id = static_cast<int32_t>((next() >> 33) % static_cast<uint64_t>(model_.config.vocab));
       const Mat hidden(hidden_.data(), rows, model_.config.dim);
       decoder_.forward(model_, tokens_, *cache_, pos + first, pass, hidden);
       if (first + rows == count || !together)
@@ -163,7 +121,10 @@ class Timeline {
   }
 
  private:
+  uint64_t next() { return state_ = state_ * 6364136223846793005ull + 1442695040888963407ull; }
+
   const Model& model_;
+  Backend& backend_;
   Decoder decoder_;
   std::unique_ptr<KvCache> cache_;
   std::vector<float> hidden_, logits_;
@@ -171,138 +132,132 @@ class Timeline {
   uint64_t state_ = 1;
 };
 
-std::string short_count(int64_t n) {
-  char text[32];
-  const double v = static_cast<double>(n);
-  if (n >= 1000000000) {
-    std::snprintf(text, sizeof(text), "%.2fB", v * 1e-9);
-  } else {
-    std::snprintf(text, sizeof(text), "%.2fM", v * 1e-6);
+/// Words by which `--ops` tells one operation's calls apart.
+void name_tensors(const Model& model, Profile& profile) {
+  profile.name(model.outer.head.data, "head");
+  profile.name(model.outer.norm_out, "norm_out");
+  for (const Layer& layer : model.layers) {
+    const LayerWeights& w = layer.weights;
+    for (Projection p : kProjections) profile.name(w[p].data, projection_name(p));
+    profile.name(w.norm_attn, "norm_attn");
+    profile.name(w.norm_mlp, "norm_mlp");
+    profile.name(w.norm_q, "norm_q");
+    profile.name(w.norm_k, "norm_k");
+    profile.name(layer.adapter.data, "adapter");
+    for (size_t g = 0; g < layer.groups.size(); ++g) {
+      const char* site = site_name(site_of(layer.plan.groups[g].projections[0]));
+      profile.name(layer.groups[g].scale, site);
+      profile.name(layer.groups[g].basis.data, site);
+    }
   }
-  return text;
 }
 
-Report measure(const Flags& f, Model& model, const std::vector<Reading>& readings, Machine& machine) {
-  const ModelConfig& c = model.config;
-  const DType kv = dtype_of(f.kv);
+/// A number of threads to time: the backend on them, and a timeline there.
+struct Station {
+  Station(const Flags& f, const Model& model, int threads, int64_t capacity)
+      : machine([&] {
+          MachineOptions options = f.machine;
+          options.threads = threads;
+          return make_machine(options);
+        }()),
+        profiled(f.ops ? make_profiled_backend(*machine.backend, profile) : nullptr),
+        timeline(model, profiled ? *profiled : *machine.backend, capacity, dtype_of(f.kv)) {}
+
+  Machine machine;
+  Profile profile;
+  std::unique_ptr<Backend> profiled;
+  Timeline timeline;
+};
+
+/// How the row of the same index is timed.
+struct Task {
+  size_t reading, station;
+};
+
+/// What a reading's row says before it is timed.
+Row make_row(const Flags& f, const Model& model, const Reading& reading, int64_t depth, bool prompt) {
+  const TokenBytes bytes = token_bytes(model, dtype_of(f.kv));
+  Row row;
+  row.method = reading.method;
+  row.dense = !reading.sparse;
+  row.sparsity = 1 - static_cast<double>(bytes.projections) / static_cast<double>(bytes.projections_dense);
+  row.depth = depth;
+  row.tokens = prompt ? f.prompt : f.gen;
+  row.prompt = prompt;
+  const int64_t positions = depth + f.gen / 2;  // the cache's mean length
+  row.bytes = prompt ? 0 : static_cast<double>(bytes.sparse(positions));
+  row.dense_bytes = prompt ? 0 : static_cast<double>(bytes.dense(positions));
+  return row;
+}
+
+/// One repetition. Prompts run dense, as in `run`.
+void time_row(Row& row, Station& station) {
+  station.profile.take();
+  const auto start = std::chrono::steady_clock::now();
+  station.timeline.feed(row.depth, row.tokens, row.prompt, Pass{row.prompt, nullptr});
+  row.seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  std::vector<Timing> timings = station.profile.take();
+  row.operations.resize(timings.size());
+  for (size_t i = 0; i < timings.size(); ++i) {
+    OperationRow& o = row.operations[i];
+    o.name = timings[i].name;
+    o.calls = timings[i].calls;
+    o.bytes = timings[i].bytes;
+    o.seconds.push_back(timings[i].seconds);
+  }
+}
+
+Report measure(const Flags& f, Model& model, const std::vector<Reading>& readings) {
   Report report;
-  report.parameters = parameter_count(c);
-  report.name = c.architecture + " " + short_count(report.parameters) + " " +
+  report.parameters = parameter_count(model.config);
+  report.name = model.config.architecture + " " + short_count(report.parameters) + " " +
                 dtype_name(model.layers[0].weights[Projection::wq].dtype);
-  report.backend = machine.backend->describe();
-  report.threads = machine.pool->size();
+  report.operations = f.ops;
   use(model, readings[0]);
   report.bytes = model_bytes(model);
-  const auto at_depth = [&](const std::string& test) {
-    return f.depth > 0 ? test + " @ d" + std::to_string(f.depth) : test;
-  };
-  for (size_t i = 0; i < readings.size(); ++i) {
-    use(model, readings[i]);
-    const TokenBytes bytes = token_bytes(model, kv);
-    const double sparsity =
-        1 - static_cast<double>(bytes.projections) / static_cast<double>(bytes.projections_dense);
-    const int64_t positions = f.depth + f.gen / 2;  // the cache's mean length
-    if (f.prompt > 0)
-      report.rows.push_back({i, at_depth("pp" + std::to_string(f.prompt)), f.prompt, sparsity, 0, 0, {}});
-    if (f.gen > 0)
-      report.rows.push_back({i,
-                             at_depth("tg" + std::to_string(f.gen)),
-                             f.gen,
-                             sparsity,
-                             static_cast<double>(bytes.sparse(positions)),
-                             static_cast<double>(bytes.dense(positions)),
-                             {}});
+  const int64_t deepest = *std::max_element(f.depths.begin(), f.depths.end());
+  std::vector<std::unique_ptr<Station>> stations;
+  std::vector<Task> tasks;
+  for (size_t s = 0; s < f.threads.size(); ++s) {
+    stations.push_back(
+        std::make_unique<Station>(f, model, f.threads[s], deepest + std::max(f.prompt, f.gen)));
+    Station& station = *stations[s];
+    for (const int64_t depth : f.depths) {
+      for (const bool prompt : {true, false}) {
+        if ((prompt ? f.prompt : f.gen) == 0) continue;
+        for (size_t i = 0; i < readings.size(); ++i) {
+          use(model, readings[i]);
+          tasks.push_back({i, s});
+          Row& row = report.rows.emplace_back(make_row(f, model, readings[i], depth, prompt));
+          row.backend = station.machine.backend->describe();
+          row.threads = station.machine.pool->size();
+        }
+      }
+    }
+    station.timeline.fill(deepest);
+    for (const Reading& reading : readings) {  // touches every page and every code path once
+      use(model, reading);
+      name_tensors(model, station.profile);
+      if (f.prompt > 0) station.timeline.feed(0, std::min<int64_t>(f.prompt, 16), true, Pass{true, nullptr});
+      if (f.gen > 0) station.timeline.feed(deepest, std::min<int64_t>(f.gen, 2), false, Pass{});
+    }
   }
-  Timeline timeline(model, *machine.backend, f.depth + std::max(f.prompt, f.gen), kv);
   constexpr int64_t kBandwidthBytes = int64_t{1} << 30;
-  Progress progress("bench", f.reps * static_cast<int64_t>(report.rows.size()), !f.machine.no_progress);
-  for (const Reading& reading : readings) {  // touches every page and every code path once
-    use(model, reading);
-    timeline.feed(0, std::max<int64_t>(f.depth, 1), true, Pass{true, nullptr});
-    timeline.feed(f.depth, std::min<int64_t>(f.gen, 2), false, Pass{});
-  }
+  Progress progress("bench", f.reps * static_cast<int64_t>(tasks.size()), !f.machine.no_progress);
   for (int64_t rep = 0, done = 0; rep < f.reps; ++rep) {
-    report.bandwidth.push_back(measure_read_bandwidth(*machine.pool, kBandwidthBytes));
-    for (Row& row : report.rows) {
-      use(model, readings[row.reading]);
-      const bool prompt = row.bytes == 0;
-      const auto start = std::chrono::steady_clock::now();
-      timeline.feed(f.depth, row.tokens, prompt, Pass{prompt, nullptr});  // prompts run dense, as in `run`
-      row.seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    double bandwidth = 0;
+    for (size_t t = 0; t < tasks.size(); ++t) {
+      Station& station = *stations[tasks[t].station];
+      if (t == 0 || tasks[t].station != tasks[t - 1].station)
+        bandwidth = measure_read_bandwidth(*station.machine.pool, kBandwidthBytes);
+      use(model, readings[tasks[t].reading]);
+      Row& row = report.rows[t];
+      row.bandwidth.push_back(bandwidth);
+      time_row(row, station);
       progress.update(++done);
     }
   }
   return report;
-}
-
-void print_md(const Report& r) {
-  std::printf("%s; read bandwidth %.2f GB/s (median of %zu)\n\n", r.backend.c_str(), median(r.bandwidth),
-              r.bandwidth.size());
-  std::printf(
-      "| model | size | params | threads | sparsity | test | t/s | MB/token | GB/s | of bandwidth | x dense "
-      "| "
-      "ideal |\n|---|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|--:|\n");
-  for (const Row& row : r.rows) {
-    std::printf("| %s | %.2f GiB | %s | %d | %.1f %% | %s | %.2f ± %.2f |", r.name.c_str(),
-                static_cast<double>(r.bytes) / 1073741824.0, short_count(r.parameters).c_str(), r.threads,
-                100 * row.sparsity, row.test.c_str(), row.mean_rate(), row.rate_deviation());
-    if (row.bytes > 0) {
-      std::printf(" %.1f | %.2f | %.1f %% | %.3f | %.3f |\n", row.bytes * 1e-6,
-                  row.bytes * row.mean_rate() * 1e-9, 100 * r.bandwidth_share(row), r.speedup(row),
-                  row.dense_bytes / row.bytes);
-    } else {
-      std::printf(" | | | %.3f | |\n", r.speedup(row));
-    }
-  }
-}
-
-nlohmann::ordered_json to_json(const Report& r) {
-  nlohmann::ordered_json rows = nlohmann::ordered_json::array();
-  for (const Row& row : r.rows) {
-    std::vector<double> sorted = row.seconds;
-    nlohmann::ordered_json j = {{"version", LAROSA_VERSION_TEXT},
-                                {"backend", r.backend},
-                                {"model", r.name},
-                                {"model_size", r.bytes},
-                                {"model_n_params", r.parameters},
-                                {"n_threads", r.threads},
-                                {"sparsity", row.sparsity},
-                                {"test", row.test},
-                                {"n_tokens", row.tokens},
-                                {"avg_ts", row.mean_rate()},
-                                {"stddev_ts", row.rate_deviation()},
-                                {"median_seconds", median(row.seconds)},
-                                {"speedup", r.speedup(row)},
-                                {"read_bandwidth_gbs", median(r.bandwidth)}};
-    if (row.bytes > 0) {
-      j["bytes_per_token"] = row.bytes;
-      j["gbs"] = row.bytes * row.mean_rate() * 1e-9;
-      j["bandwidth_share"] = r.bandwidth_share(row);
-      j["ideal_speedup"] = row.dense_bytes / row.bytes;
-    }
-    j["samples_ts"] = row.rates();
-    rows.push_back(j);
-  }
-  return rows;
-}
-
-void print_csv(const Report& r) {
-  bool first = true;
-  const nlohmann::ordered_json rows = to_json(r);
-  const nlohmann::ordered_json* widest = &rows[0];
-  for (const auto& row : rows) widest = row.size() > widest->size() ? &row : widest;
-  const auto line = [&](const std::function<std::string(const std::string&)>& cell) {
-    std::string text;
-    for (const auto& [key, value] : widest->items()) {
-      if (key != "samples_ts") text += (text.empty() ? "" : ",") + cell(key);
-    }
-    std::printf("%s\n", text.c_str());
-  };
-  for (const auto& row : rows) {
-    if (first) line([](const std::string& key) { return key; });
-    first = false;
-    line([&](const std::string& key) { return row.contains(key) ? row[key].dump() : std::string(); });
-  }
 }
 
 void save_random(const Flags& f, ThreadPool& pool) {
@@ -316,7 +271,7 @@ void save_random(const Flags& f, ThreadPool& pool) {
 }
 
 /// The readings to compare, the dense one first.
-std::vector<Reading> load(const Flags& f, Model& model, ThreadPool& pool) {
+std::vector<Reading> load(const Flags& f, Model& model) {
   if (!f.random_weights) {
     model = load_model(f.model);
     if (!f.sparsity.empty())
@@ -330,6 +285,7 @@ std::vector<Reading> load(const Flags& f, Model& model, ThreadPool& pool) {
   std::vector<Plan> plans;
   for (double s : sparsity) plans.push_back(plan_of(config, f.method, s));
   std::fprintf(stderr, "bench: making %s random weights\n", short_count(parameter_count(config)).c_str());
+  ThreadPool pool(*std::max_element(f.threads.begin(), f.threads.end()));
   model = make_random_model(config, plans[0], {dtype_of(f.dtype)}, pool);
   std::vector<Reading> readings = {dense_reading(model)};
   const Reading first = reading_of(model);
@@ -347,20 +303,18 @@ int run(const Flags& f) {
   if (!f.save.empty() && f.config.empty()) fail("--save needs --config FILE --random-weights");
   if (f.prompt == 0 && f.gen == 0) fail("--prompt 0 --gen 0: nothing to time");
   catch_interrupts();
-  Machine machine = make_machine(f.machine);
   if (!f.save.empty()) {
-    save_random(f, *machine.pool);
+    ThreadPool pool(f.threads[0]);
+    save_random(f, pool);
     return 0;
   }
   Model model;
-  const std::vector<Reading> readings = load(f, model, *machine.pool);
-  if (f.depth + std::max(f.prompt, f.gen) > model.config.context)
-    fail("--depth ", f.depth, " and ", std::max(f.prompt, f.gen), " tokens: the model's context is ",
+  const std::vector<Reading> readings = load(f, model);
+  const int64_t deepest = *std::max_element(f.depths.begin(), f.depths.end());
+  if (deepest + std::max(f.prompt, f.gen) > model.config.context)
+    fail("--depth ", deepest, " and ", std::max(f.prompt, f.gen), " tokens: the model's context is ",
          model.config.context);
-  const Report report = measure(f, model, readings, machine);
-  if (f.format == "md") print_md(report);
-  if (f.format == "json") std::printf("%s\n", json_text(to_json(report)).c_str());
-  if (f.format == "csv") print_csv(report);
+  print(measure(f, model, readings), f.format);
   return 0;
 }
 
@@ -390,7 +344,8 @@ std::function<int()> setup_bench(CLI::App& app) {
   app.add_option("-n,--gen", f->gen, "Tokens of the generation test; 0: none")
       ->check(count)
       ->capture_default_str();
-  app.add_option("-d,--depth", f->depth, "Tokens that stand in the context before")
+  app.add_option("-d,--depth", f->depths, "Tokens that stand in the context before, several by commas")
+      ->delimiter(',')
       ->check(count)
       ->capture_default_str();
   app.add_option("-r,--reps", f->reps, "Repetitions; the readings alternate within each")
@@ -402,7 +357,8 @@ std::function<int()> setup_bench(CLI::App& app) {
   app.add_option("--kv", f->kv, "Type of the key/value cache")
       ->check(CLI::IsMember({"f32", "f16"}))
       ->capture_default_str();
-  f->machine.declare(app);
+  app.add_flag("--ops", f->ops, "Time every operation: calls, time, share of the token, bytes and GB/s");
+  f->machine.declare(app, &f->threads);
   return [f] { return run(*f); };
 }
 

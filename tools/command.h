@@ -5,6 +5,7 @@
 #include <functional>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
+#include <vector>
 
 #include "backend/backend.h"
 #include "base/thread_pool.h"
@@ -28,7 +29,8 @@ struct MachineOptions {
   std::string backend = "cpu";   // cpu or ref
   std::string products = "f32";  // f32 or bf16: arithmetic of dense products over many rows
   bool no_progress = false;
-  void declare(CLI::App& app);
+  /// With `sweep`, -t takes a list, which goes there.
+  void declare(CLI::App& app, std::vector<int>* sweep = nullptr);
 };
 
 /// The machine that the options ask for. `pool` outlives the backend.
