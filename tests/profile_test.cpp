@@ -38,7 +38,8 @@ TEST(Profile, BytesOfSparseProducts) {
       // Two products of 129 and 65 outputs; one row reads its 100 kept channels, several read them all.
       const int64_t channels = rows == 1 ? 100 : 257;
       auto found = by_name(profile);
-      EXPECT_EQ(found["sparse_matmul wide"].bytes, (129 + 65) * (channels * dtype_size(dtype) + 4));
+      EXPECT_EQ(found["sparse_matmul wide"].bytes,
+                channels * (line_bytes(dtype, 129) + line_bytes(dtype, 65)) + 4 * (129 + 65));
       EXPECT_EQ(found["sparse_matmul wide"].calls, 1);
       EXPECT_EQ(found["topk"].calls, 1);
       EXPECT_EQ(found["topk"].bytes, 0);
