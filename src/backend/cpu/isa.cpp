@@ -16,14 +16,36 @@ struct Isa {
   dnnl::cpu_isa onednn;
 };
 
-#if HWY_ARCH_X86
+struct OneDnnIsa {
+  unsigned bits;  // as oneDNN reports it
+  const char* name;
+};
+
+constexpr unsigned bits(dnnl::cpu_isa isa) {
+  return static_cast<unsigned>(isa);
+}
+
+#if HWY_ARCH_ARM_A64
+constexpr Isa kIsas[] = {{"neon", HWY_NEON, dnnl::cpu_isa::all}};
+// Arm's sets have numbers of x86's in oneDNN 2.6, and no names in its interface.
+constexpr OneDnnIsa kOneDnnIsas[] = {{0x1, "asimd"}, {0x3, "sve_128"}, {0x7, "sve_256"}, {0x1f, "sve_512"}};
+#elif HWY_ARCH_X86
 // avx512 and avx512vnni stand for all that the machine has for oneDNN: it then uses bf16 and AMX.
 constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::sse41},
                          {"avx2", HWY_AVX2, dnnl::cpu_isa::avx2},
                          {"avx512", HWY_AVX3, dnnl::cpu_isa::all},
                          {"avx512vnni", HWY_AVX3_DL | HWY_AVX3, dnnl::cpu_isa::all}};
+constexpr OneDnnIsa kOneDnnIsas[] = {{bits(dnnl::cpu_isa::sse41), "sse41"},
+                                     {bits(dnnl::cpu_isa::avx), "avx"},
+                                     {bits(dnnl::cpu_isa::avx2), "avx2"},
+                                     {bits(dnnl::cpu_isa::avx2_vnni), "avx2_vnni"},
+                                     {bits(dnnl::cpu_isa::avx512_core), "avx512_core"},
+                                     {bits(dnnl::cpu_isa::avx512_core_vnni), "avx512_core_vnni"},
+                                     {bits(dnnl::cpu_isa::avx512_core_bf16), "avx512_core_bf16"},
+                                     {bits(dnnl::cpu_isa::avx512_core_amx), "avx512_core_amx"}};
 #else
 constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::all}};
+constexpr OneDnnIsa kOneDnnIsas[] = {{0, "generic"}};
 #endif
 
 const Isa* forced_isa() {
@@ -63,32 +85,17 @@ Kernels choose_kernels() {
 }
 
 std::string onednn_isa() {
-  switch (dnnl::get_effective_cpu_isa()) {
-    case dnnl::cpu_isa::sse41:
-      return "sse41";
-    case dnnl::cpu_isa::avx:
-      return "avx";
-    case dnnl::cpu_isa::avx2:
-      return "avx2";
-    case dnnl::cpu_isa::avx2_vnni:
-      return "avx2_vnni";
-    case dnnl::cpu_isa::avx512_core:
-      return "avx512_core";
-    case dnnl::cpu_isa::avx512_core_vnni:
-      return "avx512_core_vnni";
-    case dnnl::cpu_isa::avx512_core_bf16:
-      return "avx512_core_bf16";
-    case dnnl::cpu_isa::avx512_core_amx:
-      return "avx512_core_amx";
-    default:
-      return "generic";
+  const unsigned used = bits(dnnl::get_effective_cpu_isa());
+  for (const OneDnnIsa& isa : kOneDnnIsas) {
+    if (isa.bits == used) return isa.name;
   }
+  return "generic";
 }
 
 bool onednn_has_bf16() {
-  const auto isa = static_cast<unsigned>(dnnl::get_effective_cpu_isa());
-  const auto bf16 = static_cast<unsigned>(dnnl::cpu_isa::avx512_core_bf16);
-  return (isa & bf16) == bf16;  // oneDNN's sets are bit masks, a superset has all bits
+  constexpr unsigned bf16 = bits(dnnl::cpu_isa::avx512_core_bf16);
+  // oneDNN's sets are bit masks, a superset has all bits; no set of Arm's has these.
+  return (bits(dnnl::get_effective_cpu_isa()) & bf16) == bf16;
 }
 
 }  // namespace larosa
