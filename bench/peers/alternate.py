@@ -172,7 +172,8 @@ def main():
     llama, larosa = (next(row for (engine, _), row in measured[args.weights[0]][0].items() if engine == e)
                      for e in ENGINES[:2])
     settings = {
-        "date": datetime.date.today().isoformat(), "machine": llama["cpu_info"].strip(), "busy before each round": ", ".join(f"{b:.0%}" for rounds in busy.values() for b in rounds),
+        "date": datetime.date.today().isoformat(), "machine": llama["cpu_info"].strip(),
+        "busy before each round": ", ".join(f"{b:.0%}" for rounds in busy.values() for b in rounds),
         "config": args.config.name, "threads": args.threads, "rounds": args.rounds, "repetitions": args.reps,
         "llama.cpp": f"{args.llama_version}, commit {llama['build_commit']}", "llama.cpp build": args.llama_build,
         "llama.cpp flags": f"-b 512 -ub 512 {args.llama_flags}", "larosa": f"{larosa['version']}, {larosa['backend']}",
