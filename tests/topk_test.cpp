@@ -15,9 +15,10 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 
-/// Rows of every kind: random, ties, all equal, zeros, special values.
+/// Rows of every kind: random, ties, all equal, zeros, special values, a trend, mostly zeros; and rows that
+/// deceive a sample of 256 entries taken at even distances, vectors of 16, 8 or 1 at a time.
 std::vector<std::vector<float>> rows_of(int64_t n, Random& random) {
-  std::vector<std::vector<float>> rows(6, std::vector<float>(static_cast<size_t>(n)));
+  std::vector<std::vector<float>> rows(11, std::vector<float>(static_cast<size_t>(n)));
   const float special[] = {0.0f,  -0.0f, kTiny, -kTiny, 3 * kTiny, kInf,
                            -kInf, kNan,  -kNan, 1.0f,   -1.0f,     1e30f};
   for (size_t i = 0; i < static_cast<size_t>(n); ++i) {
@@ -27,6 +28,11 @@ std::vector<std::vector<float>> rows_of(int64_t n, Random& random) {
     rows[3][i] = i % 2 ? 0.0f : -0.0f;
     rows[4][i] = special[random.below(std::size(special))];
     rows[5][i] = random.normal() * std::exp(20 * random.normal());
+    rows[6][i] = static_cast<float>(i) * 0.01f;
+    rows[7][i] = std::max(0.0f, random.normal() - 0.7f);
+    rows[8][i] = random.normal() * (i % 256 < 16 ? 1e6f : 1);
+    rows[9][i] = random.normal() * (i % 128 < 8 ? 1e-6f : 1);
+    rows[10][i] = random.normal() * (i % 16 == 0 ? 1e6f : 1);
   }
   return rows;
 }
@@ -64,7 +70,7 @@ void each_backend(const Body& body) {
 
 TEST(Topk, MatchesSort) {
   Random random(11);
-  for (const int64_t n : {1, 2, 7, 16, 33, 257, 4096, 4099}) {
+  for (const int64_t n : {1, 2, 7, 16, 33, 257, 1024, 4096, 4099}) {
     const auto rows = rows_of(n, random);
     std::vector<float> scale(static_cast<size_t>(n));
     for (float& s : scale) s = std::fabs(random.normal());

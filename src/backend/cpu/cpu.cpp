@@ -100,7 +100,7 @@ class CpuBackend final : public Backend {
         kernels_(choose_kernels()),
         matmul_(kernels_, pool),
         attention_(kernels_, pool),
-        keys_(static_cast<size_t>(pool.size())) {}
+        work_(static_cast<size_t>(pool.size())) {}
 
   std::string describe() const override {
     std::ostringstream text;
@@ -142,15 +142,15 @@ class CpuBackend final : public Backend {
 
   void topk(Mat x, const float* scale, int64_t keep, Selection& kept) override {
     CHECK(keep >= 0 && keep <= x.cols);
-    select(x, scale, kept, [&](const int32_t* keys, int32_t* work) {
-      return keep > 0 ? kernels_.find_cut(keys, x.cols, keep, work) : Cut{0x7fffffff, 0};
+    select(x, scale, kept, [&](const float* row, int32_t* work) {
+      return keep > 0 ? kernels_.find_cut(row, scale, x.cols, keep, work) : Cut{0x7fffffff, 0};
     });
   }
 
   void threshold(Mat x, const float* scale, float cut, Selection& kept) override {
     // Keys are the bits of non-negative floats: so is the cut. Below zero, and for NaN, everything is kept.
     const Cut key{cut > 0 ? std::bit_cast<int32_t>(cut) : cut == 0 ? 0 : -1, 0};
-    select(x, scale, kept, [&](const int32_t*, int32_t*) { return key; });
+    select(x, scale, kept, [&](const float*, int32_t*) { return key; });
   }
 
   void sparse_matmul(const Selection& kept, std::span<const Product> products) override {
@@ -221,19 +221,18 @@ class CpuBackend final : public Backend {
   void select(Mat x, const float* scale, Selection& kept, const FindCut& find_cut) {
     CpuSelection& s = static_cast<CpuSelection&>(kept);
     s.reset(x.rows, x.cols);
-    std::vector<int64_t> counts(x.rows > 1 ? keys_.size() : 0);
+    std::vector<int64_t> counts(x.rows > 1 ? work_.size() : 0);
     const size_t room = static_cast<size_t>(x.cols + kSlack);
     each_row(x.rows, [&](int thread, int64_t t) {
-      std::vector<int32_t>& keys = keys_[static_cast<size_t>(thread)];
-      if (keys.size() < 2 * room) keys.resize(2 * room);
-      kernels_.make_keys(x.row(t), scale, x.cols, keys.data());
-      const Cut cut = find_cut(keys.data(), keys.data() + room);
+      std::vector<int32_t>& work = work_[static_cast<size_t>(thread)];
+      if (work.size() < room) work.resize(room);
+      const Cut cut = find_cut(x.row(t), work.data());
       if (x.rows == 1) {
-        kernels_.take_lists(x.row(t), keys.data(), x.cols, cut, s.channels.at_least(x.cols));
+        kernels_.take_lists(x.row(t), scale, x.cols, cut, s.channels.at_least(x.cols));
         s.kept = s.channels.count();
       } else {
         counts[static_cast<size_t>(thread)] +=
-            kernels_.take_masked(x.row(t), keys.data(), x.cols, cut, s.mat().row(t));
+            kernels_.take_masked(x.row(t), scale, x.cols, cut, s.mat().row(t));
       }
     });
     if (x.rows == 1) return;
@@ -386,7 +385,7 @@ class CpuBackend final : public Backend {
   const Kernels kernels_;
   Matmul matmul_;
   Attention attention_;
-  std::vector<std::vector<int32_t>> keys_;  // per thread: keys and work of a selection
+  std::vector<std::vector<int32_t>> work_;  // per thread: keys of a selection
   ChannelLists every_;                      // of a dense row
   AlignedFloats parts_[kChains];            // sums of each chain, all products of a call
   std::vector<float> dense_;                // one row of a selection, for weights in rows layout

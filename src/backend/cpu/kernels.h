@@ -72,15 +72,15 @@ struct Kernels {
   int64_t (*packed_size)(int64_t n);
 
   // -- topk ---------------------------------------------------------------------------------------------
-  /// keys[i]: |x[i]| · scale[i] as an integer that orders like it, NaN above infinity.
-  void (*make_keys)(const float* x, const float* scale, int64_t n, int32_t* keys);
-  /// The exact cut that leaves `keep` of n entries, 0 < keep ≤ n. `work`: n + 64 entries, clobbered.
-  Cut (*find_cut)(const int32_t* keys, int64_t n, int64_t keep, int32_t* work);
-  /// Kept entries as ascending indices and values, those of each chain (types.h) in a list of its own; every
-  /// list needs room for n + 64.
-  void (*take_lists)(const float* x, const int32_t* keys, int64_t n, Cut cut, ChannelList* lists);
+  // An entry's key is |x[i]| · scale[i] (scale null: ones) as an integer that orders like it, NaN above
+  // infinity.
+  /// The exact cut that leaves `keep` of n entries, 0 < keep ≤ n. `work`: room for n + 64 keys.
+  Cut (*find_cut)(const float* x, const float* scale, int64_t n, int64_t keep, int32_t* work);
+  /// Kept entries as ascending indices and values, those of each chain in a list of its own; every list needs
+  /// room for n + 64.
+  void (*take_lists)(const float* x, const float* scale, int64_t n, Cut cut, ChannelList* lists);
   /// Kept entries in place, zeros elsewhere. Returns the number kept.
-  int64_t (*take_masked)(const float* x, const int32_t* keys, int64_t n, Cut cut, float* y);
+  int64_t (*take_masked)(const float* x, const float* scale, int64_t n, Cut cut, float* y);
   /// y += addend, both n.
   void (*add)(const float* addend, int64_t n, float* y);
 
