@@ -82,5 +82,23 @@ TEST(ThreadPool, IdleWorkersSleepAndWake) {
   EXPECT_EQ(runs, 2);
 }
 
+/// Neither side may miss the other when it goes to sleep just then: pauses around the time of looking, and
+/// more threads than cores, which hardly look.
+TEST(ThreadPool, NobodyIsLeftAsleep) {
+  for (const int threads : {2, ThreadPool::available_cores() + 2}) {
+    ThreadPool pool(threads);
+    std::atomic<int> runs{0};
+    for (int repeat = 0; repeat < 300; ++repeat) {
+      const auto pause = std::chrono::microseconds(repeat % 10 * 15);
+      std::this_thread::sleep_for(pause);
+      pool.run([&](int thread) {
+        if (thread == repeat % threads) std::this_thread::sleep_for(pause);
+        ++runs;
+      });
+    }
+    EXPECT_EQ(runs, 300 * threads);
+  }
+}
+
 }  // namespace
 }  // namespace larosa

@@ -9,7 +9,6 @@
 #include <thread>
 #include <type_traits>
 #include <utility>
-#include <vector>
 
 namespace larosa {
 
@@ -33,6 +32,20 @@ class FunctionRef<void(Args...)> {
   void (*call_)(void*, Args...);
 };
 
+/// A number that one thread raises while others wait for it to change: they look for a while, then sleep. On
+/// a cache line of its own, so that nobody's looking slows down another's writing; the system is called only
+/// when somebody sleeps.
+class alignas(64) Signal {
+ public:
+  void raise();
+  /// Returns once the number differs from `old`; `spins`: how often to look before sleeping.
+  void wait_while(uint32_t old, int spins);
+  uint32_t value() const { return value_.load(std::memory_order_acquire); }
+
+ private:
+  std::atomic<uint32_t> value_{0}, sleepers_{0};
+};
+
 class ThreadPool {
  public:
   /// `threads` counts the caller; 0 means one per available core (the process's affinity mask).
@@ -41,7 +54,7 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  int size() const { return size_; }
 
   /// Runs task(thread) once for every thread in [0, size()); returns when all have ended. The first exception
   /// of a task is rethrown here. Calls do not nest.
@@ -59,13 +72,16 @@ class ThreadPool {
   static int available_cores();
 
  private:
-  void work(int thread);
+  struct Worker {
+    Signal done;  // as often as the worker has finished a task
+    std::thread thread;
+  };
+  void work(Worker& self, int thread);
 
-  std::vector<std::thread> workers_;
-  std::atomic<uint32_t> generation_{0};
-  std::atomic<int> pending_{0};
-  std::atomic<bool> stop_{false};
-  const FunctionRef<void(int)>* task_ = nullptr;
+  Signal start_;                                  // as often as a task was given out
+  const FunctionRef<void(int)>* task_ = nullptr;  // null: the end
+  std::unique_ptr<Worker[]> workers_;
+  int size_ = 1, spins_ = 0;
   std::exception_ptr error_;
   std::atomic_flag error_set_ = ATOMIC_FLAG_INIT;
 };
