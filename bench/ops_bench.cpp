@@ -164,7 +164,7 @@ void add_all() {
   }
   add("softmax/1x128256", softmax, int64_t{1}, int64_t{128256});
   add("softmax/256x16384", softmax, int64_t{256}, int64_t{16384});
-  for (const DType dtype : {DType::f32, DType::f16}) {
+  for (const DType dtype : kKvTypes) {
     for (const int64_t rows : {1, 512}) {
       for (const int64_t context : {512, 4096}) {
         add("attend/" + std::to_string(rows) + "@" + std::to_string(context) + "/" + dtype_name(dtype),

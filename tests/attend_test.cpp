@@ -25,7 +25,8 @@ std::vector<Rows> run(Backend& backend, const AttendCase& c, DType dtype) {
   int64_t total = 0;
   for (int64_t rows : c.steps) total += rows;
   const auto cache = backend.make_kv_cache({2, c.kv_heads, c.width, total, dtype});
-  EXPECT_EQ(cache->bytes_per_token(), 2 * 2 * c.kv_heads * c.width * dtype_size(dtype));
+  const int64_t bytes = dtype == DType::int8 ? c.width + 4 : dtype == DType::f16 ? 2 * c.width : 4 * c.width;
+  EXPECT_EQ(cache->bytes_per_token(), 2 * 2 * c.kv_heads * bytes);
   std::vector<Rows> outputs;
   int64_t pos = 0;
   for (const int64_t rows : c.steps) {
@@ -42,19 +43,20 @@ std::vector<Rows> run(Backend& backend, const AttendCase& c, DType dtype) {
   return outputs;
 }
 
-/// A score errs by sum_bound(E) of Σ|q·k|/√E (below 8·1.5·√E here: each entry is normal), its weight
+/// A score errs by sum_bound(E + 2) of Σ|q·k|/√E (below 8·1.5·√E here: each entry is normal), its weight
 /// relatively by as much; the mean of values (below 6) by that and by the sums over n positions, both kept
-/// per chunk of 256.
+/// per chunk of 256. With int8 both sides store the same levels and scales; the scale is one rounding more in
+/// a score and one in the weight of a value.
 double bound(const AttendCase& c, int64_t positions) {
-  const double score = sum_bound(c.width) * 8 * 1.5 * std::sqrt(double(c.width));
+  const double score = sum_bound(c.width + 2) * 8 * 1.5 * std::sqrt(double(c.width));
   const double chunks = double(positions) / 256 + 1;
-  return 6 * (2 * score + 2 * sum_bound(256) + 8 * chunks * kUnit);
+  return 6 * (2 * score + 2 * sum_bound(257) + 8 * chunks * kUnit);
 }
 
 TEST(Attend, MatchesTruth) {
   const auto ref = make_ref_backend();
   for (const AttendCase& c : kCases) {
-    for (const DType dtype : {DType::f32, DType::f16}) {
+    for (const DType dtype : kKvTypes) {
       const std::vector<Rows> truth = run(*ref, c, dtype);
       int64_t positions = 0;
       for (int64_t rows : c.steps) positions += rows;
@@ -70,7 +72,8 @@ TEST(Attend, MatchesTruth) {
             }
           }
         }
-        EXPECT_LE(worst, bound(c, positions)) << isa << " heads " << c.heads << " width " << c.width;
+        EXPECT_LE(worst, bound(c, positions))
+            << isa << " " << dtype_name(dtype) << " heads " << c.heads << " width " << c.width;
       }
     }
   }
@@ -78,14 +81,52 @@ TEST(Attend, MatchesTruth) {
 
 TEST(Attend, ThreadsChangeNoBit) {
   for (const AttendCase& c : kCases) {
-    const Cpu one(isas().front(), 1);
-    const std::vector<Rows> expected = run(*one.backend, c, DType::f16);
-    for (const int threads : kThreads) {
-      const Cpu cpu(isas().front(), threads);
-      const std::vector<Rows> got = run(*cpu.backend, c, DType::f16);
-      for (size_t s = 0; s < got.size(); ++s) EXPECT_EQ(bits_differ(got[s].mat, expected[s].mat), 0);
+    for (const DType dtype : {DType::f16, DType::int8}) {
+      const Cpu one(isas().front(), 1);
+      const std::vector<Rows> expected = run(*one.backend, c, dtype);
+      for (const int threads : kThreads) {
+        const Cpu cpu(isas().front(), threads);
+        const std::vector<Rows> got = run(*cpu.backend, c, dtype);
+        for (size_t s = 0; s < got.size(); ++s) EXPECT_EQ(bits_differ(got[s].mat, expected[s].mat), 0);
+      }
     }
   }
+}
+
+/// An int8 cache keeps each entry within half a level of the largest of its head (plus roundings), tiny heads
+/// as zero; what is not finite stays visible. One position: its output is the stored value.
+TEST(Attend, Int8KeepsAValueWithinHalfALevel) {
+  Random random(10);
+  const int64_t width = 37;
+  Rows value = Rows(4, width).fill(random);
+  for (int64_t e = 0; e < width; ++e) {
+    value.mat.row(1)[e] *= 1e-20f;
+    value.mat.row(2)[e] *= 1e-35f;
+  }
+  value.mat.row(3)[5] = std::numeric_limits<float>::infinity();
+  const Rows q = Rows(1, width).fill(random);
+  const auto expect = [&](Backend& backend, const std::string& name) {
+    for (int64_t t = 0; t < 4; ++t) {
+      const auto cache = backend.make_kv_cache({1, 1, width, 1, DType::int8});
+      const Mat v = value.mat.slice(t, 1);
+      const Rows out(1, width);
+      backend.attend(q.mat, q.mat, v, *cache, 0, 0, 0, out.mat);
+      float most = 0;
+      for (int64_t e = 0; e < width; ++e) most = std::max(most, std::fabs(v.data[e]));
+      for (int64_t e = 0; e < width; ++e) {
+        const float got = out.at(0, e);
+        if (t == 3) {
+          EXPECT_TRUE(std::isnan(got)) << name;
+        } else if (t == 2) {
+          EXPECT_EQ(got, 0) << name;
+        } else {
+          EXPECT_LE(std::fabs(got - v.data[e]), most * (0.5 / 127 + 8 * kUnit)) << name << " row " << t;
+        }
+      }
+    }
+  };
+  expect(*make_ref_backend(), "ref");
+  for (const std::string& isa : isas()) expect(*Cpu(isa, 1).backend, isa);
 }
 
 /// Going back in the timeline overwrites what was there.

@@ -148,7 +148,11 @@ TEST_F(EngineTest, BackendsAndCachesAgree) {
   const auto expected = b.generate(prompt_, 8, {}, true).tokens;
   EXPECT_EQ(a.generate(prompt_, 8, {}, true).tokens, expected);
   EXPECT_EQ(c.generate(prompt_, 8, {}, true).tokens, expected);
+  half.kv = "int8";
+  Session d(engine_, half);
+  EXPECT_EQ(d.generate(prompt_, 8, {}, true).tokens, expected);
   EXPECT_GT(engine_.token_cost(100).bytes, engine_.token_cost(100, "f16").bytes);
+  EXPECT_GT(engine_.token_cost(100, "f16").bytes, engine_.token_cost(100, "int8").bytes);
   EXPECT_EQ(engine_.token_cost().bytes, engine_.token_cost().dense_bytes);
 }
 

@@ -52,6 +52,8 @@ TEST(RandomModel, TokensReadNoMoreThanTheWindow) {
   EXPECT_EQ(bytes.kv(4), 4 * 3 * position);
   EXPECT_EQ(bytes.kv(100), (100 + 2 * 10) * position);
   EXPECT_EQ(bytes.sparse(100) - bytes.sparse(), bytes.kv(100));
+  EXPECT_EQ(token_bytes(model, DType::int8).kv(4),
+            4 * 3 * 2 * (config.kv_dim() + 4 * config.kv_heads));  // a scale for each head's key and value
 }
 
 TEST(RandomModel, RefusesAPlanOfAnotherShape) {

@@ -13,6 +13,7 @@
 #include "bench_report.h"
 #include "calib/methods.h"
 #include "command.h"
+#include "engine/engine_data.h"
 #include "io/json.h"
 #include "model/decoder.h"
 #include "model/random.h"
@@ -161,7 +162,7 @@ struct Station {
           return make_machine(options);
         }()),
         profiled(f.ops ? make_profiled_backend(*machine.backend, profile) : nullptr),
-        timeline(model, profiled ? *profiled : *machine.backend, capacity, dtype_of(f.kv)) {}
+        timeline(model, profiled ? *profiled : *machine.backend, capacity, kv_dtype(f.kv)) {}
 
   Machine machine;
   Profile profile;
@@ -176,7 +177,7 @@ struct Task {
 
 /// What a reading's row says before it is timed.
 Row make_row(const Flags& f, const Model& model, const Reading& reading, int64_t depth, bool prompt) {
-  const TokenBytes bytes = token_bytes(model, dtype_of(f.kv));
+  const TokenBytes bytes = token_bytes(model, kv_dtype(f.kv));
   Row row;
   row.method = reading.method;
   row.dense = !reading.sparse;
@@ -355,7 +356,7 @@ std::function<int()> setup_bench(CLI::App& app) {
       ->check(CLI::IsMember({"md", "csv", "json"}))
       ->capture_default_str();
   app.add_option("--kv", f->kv, "Type of the key/value cache")
-      ->check(CLI::IsMember({"f32", "f16"}))
+      ->check(CLI::IsMember({"f32", "f16", "int8"}))
       ->capture_default_str();
   app.add_flag("--ops", f->ops, "Time every operation: calls, time, share of the token, bytes and GB/s");
   f->machine.declare(app, &f->threads);

@@ -11,13 +11,14 @@
 #include "base/error.h"
 #include "base/progress.h"
 #include "command.h"
+#include "engine/engine_data.h"
 #include "io/files.h"
 
 namespace larosa {
 namespace {
 
 struct Flags {
-  std::string model, file, against, protocol = "raw";
+  std::string model, file, against, protocol = "raw", kv = "f32";
   int64_t context = 0, stride = 0, chunks = 0;
   double dense_prompt = 0;
   bool check_tensors = false, json = false;
@@ -28,9 +29,10 @@ void print_text(const Flags& f, const PerplexityOptions& options, const Perplexi
                 const Backend& backend) {
   const Mean ppl = perplexity_of(r.nll);
   std::printf(
-      "protocol %s, context %ld, %ld windows, %ld predictions, products %s, dense prompt %g, %.0f tokens/s\n",
+      "protocol %s, context %ld, %ld windows, %ld predictions, products %s, cache %s, dense prompt %g, %.0f "
+      "tokens/s\n",
       f.protocol.c_str(), static_cast<long>(options.context), static_cast<long>(r.windows),
-      static_cast<long>(r.predictions), backend.products_name().c_str(), options.dense_prompt,
+      static_cast<long>(r.predictions), backend.products_name().c_str(), f.kv.c_str(), options.dense_prompt,
       static_cast<double>(r.tokens) / r.seconds);
   if (!f.against.empty()) {
     const Mean reference = perplexity_of(r.reference_nll);
@@ -53,6 +55,7 @@ void print_json(const Flags& f, const PerplexityOptions& options, const Perplexi
                               {"windows", r.windows},
                               {"predictions", r.predictions},
                               {"products", backend.products_name()},
+                              {"kv", f.kv},
                               {"dense_prompt", options.dense_prompt},
                               {"seconds", r.seconds},
                               {"ppl", ppl.value},
@@ -91,6 +94,7 @@ int run(const Flags& f) {
   options.skipped_share = protocol.skipped_share;
   options.dense_prompt = f.dense_prompt;
   options.most_windows = f.chunks;
+  options.kv = kv_dtype(f.kv);
   const std::string text = read_file(f.file);
   if (text.empty()) fail(f.file, ": is empty");
   const Tokenizer tokenizer = Tokenizer::load(f.model);
@@ -136,6 +140,9 @@ std::function<int()> setup_perplexity(CLI::App& app) {
   app.add_option("--dense-prompt", f->dense_prompt, "Share of each window that runs dense and is not scored")
       ->capture_default_str();
   app.add_option("--against", f->against, "Reference model: also KL divergence and equal top tokens");
+  app.add_option("--kv", f->kv, "Type of the key/value cache (the reference's: f32)")
+      ->check(CLI::IsMember({"f32", "f16", "int8"}))
+      ->capture_default_str();
   app.add_flag("--check-tensors", f->check_tensors, "Refuse tensors with NaN or infinity");
   app.add_flag("--json", f->json, "Result as JSON");
   f->machine.declare(app);

@@ -97,7 +97,7 @@ std::function<int()> setup_run(CLI::App& app) {
                "Thin the prompt as well (default: the prompt runs dense, it would not be faster)");
   app.add_flag("--echo", f->echo, "Print the prompt first");
   app.add_option("--kv", f->session.kv, "Type of the key/value cache")
-      ->check(CLI::IsMember({"f32", "f16"}))
+      ->check(CLI::IsMember({"f32", "f16", "int8"}))
       ->capture_default_str();
   app.add_flag("--check-tensors", f->check_tensors, "Refuse tensors with NaN or infinity");
   f->machine.declare(app);

@@ -87,7 +87,7 @@ struct Sampling {
 
 struct SessionOptions {
   int64_t context = 0;  // room for tokens, at most the model's; 0: the model's. Memory is taken as it fills
-  std::string kv = "f32";      // type of the key/value cache: "f32" or "f16"
+  std::string kv = "f32";      // type of the key/value cache: "f32", "f16" or "int8"
   bool sparse_prompt = false;  // thin the prompt's tokens as well (it would not be faster)
   Sampling sampling;
   /// Asked before every pass (up to 512 tokens of a prompt, or one token); true stops. May be empty.

@@ -32,9 +32,22 @@ class KvCache {
   virtual int64_t bytes_per_token() const = 0;
 };
 
+/// Element types of a cache. int8: the levels q = nearest(x · (127 / m)) of one head's key or value of one
+/// position and the scale m / 127, m its largest |x|; a stored element is scale · q. All in float32; m below
+/// 2⁻¹⁰⁰ counts as zero, and where m is not finite every element is NaN.
+inline constexpr DType kKvTypes[] = {DType::f32, DType::f16, DType::int8};
+
+/// Bytes of one head's key or value of one position: E elements, with int8 also the float32 scale.
+constexpr int64_t kv_bytes(DType dtype, int64_t head_dim) {
+  return dtype == DType::int8 ? head_dim + 4 : head_dim * dtype_size(dtype);
+}
+
 struct KvShape {
   int64_t layers = 0, kv_heads = 0, head_dim = 0, capacity = 0;  // capacity: tokens
-  DType dtype = DType::f32;                                      // f32 or f16
+  DType dtype = DType::f32;                                      // one of kKvTypes
+
+  /// Bytes of one token over all layers.
+  int64_t bytes_per_token() const { return 2 * layers * kv_heads * kv_bytes(dtype, head_dim); }
 };
 
 /// One output of a product: y (T, N) = x Wᵀ + bias, or += when accumulate is set.

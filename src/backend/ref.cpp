@@ -31,28 +31,46 @@ class RefSelection final : public Selection {
   std::vector<float> values;  // (rows, cols), zero where dropped
 };
 
-/// Keys and values as one growing array of stored elements per layer.
+/// What a cache of `dtype` makes of one head's key or value (n) at one position.
+void round_head(DType dtype, const float* x, int64_t n, double* stored) {
+  if (dtype != DType::int8) {
+    char element[4];
+    for (int64_t e = 0; e < n; ++e) {
+      store_element(element, dtype, 0, x[e]);
+      stored[e] = load_element(element, dtype, 0);
+    }
+    return;
+  }
+  float most = 0;
+  for (int64_t e = 0; e < n; ++e) most = std::isnan(x[e]) ? x[e] : std::max(most, std::fabs(x[e]));
+  const float scale = most < 0x1p-100f ? 0 : most / 127, inverse = most < 0x1p-100f ? 0 : 127 / most;
+  for (int64_t e = 0; e < n; ++e) {
+    stored[e] = std::isfinite(most) ? double{scale} * std::nearbyint(x[e] * inverse)
+                                    : std::numeric_limits<double>::quiet_NaN();
+  }
+}
+
+/// Keys and values as one growing array per layer, of what storing leaves of them.
 class RefKvCache final : public KvCache {
  public:
   explicit RefKvCache(const KvShape& s) : shape(s), keys(size_t(s.layers)), values(size_t(s.layers)) {}
-  int64_t bytes_per_token() const override { return 2 * shape.layers * width() * dtype_size(shape.dtype); }
+  int64_t bytes_per_token() const override { return shape.bytes_per_token(); }
   int64_t width() const { return shape.kv_heads * shape.head_dim; }
 
-  void append(std::vector<char>& rows, Mat x, int64_t pos) const {
-    const int64_t end = (pos + x.rows) * width() * dtype_size(shape.dtype);
-    rows.resize(std::max(rows.size(), static_cast<size_t>(end)));
+  void append(std::vector<double>& rows, Mat x, int64_t pos) const {
+    rows.resize(std::max(rows.size(), static_cast<size_t>((pos + x.rows) * width())));
     for (int64_t t = 0; t < x.rows; ++t) {
-      for (int64_t i = 0; i < width(); ++i) {
-        store_element(rows.data(), shape.dtype, (pos + t) * width() + i, x.row(t)[i]);
+      for (int64_t i = 0; i < width(); i += shape.head_dim) {
+        round_head(shape.dtype, x.row(t) + i, shape.head_dim, &rows[size_t((pos + t) * width() + i)]);
       }
     }
   }
-  double at(const std::vector<char>& rows, int64_t pos, int64_t g, int64_t e) const {
-    return load_element(rows.data(), shape.dtype, pos * width() + g * shape.head_dim + e);
+  double at(const std::vector<double>& rows, int64_t pos, int64_t g, int64_t e) const {
+    return rows[size_t(pos * width() + g * shape.head_dim + e)];
   }
 
   KvShape shape;
-  std::vector<std::vector<char>> keys, values;  // per layer (positions, G, E)
+  std::vector<std::vector<double>> keys, values;  // per layer (positions, G, E)
 };
 
 /// |x| · scale in float32, as every backend computes it; NaN becomes larger than infinity.
@@ -72,7 +90,7 @@ class RefBackend final : public Backend {
     return std::make_unique<RefSelection>();
   }
   std::unique_ptr<KvCache> make_kv_cache(const KvShape& shape) override {
-    CHECK(shape.dtype == DType::f32 || shape.dtype == DType::f16);
+    CHECK(std::ranges::count(kKvTypes, shape.dtype) == 1);
     return std::make_unique<RefKvCache>(shape);
   }
 
@@ -165,8 +183,8 @@ class RefBackend final : public Backend {
               Mat out) override {
     RefKvCache& kv = static_cast<RefKvCache&>(cache);
     CHECK(pos >= 0 && pos + q.rows <= kv.shape.capacity && layer >= 0 && layer < kv.shape.layers);
-    const std::vector<char>& keys = kv.keys[size_t(layer)];
-    const std::vector<char>& values = kv.values[size_t(layer)];
+    const std::vector<double>& keys = kv.keys[size_t(layer)];
+    const std::vector<double>& values = kv.values[size_t(layer)];
     kv.append(kv.keys[size_t(layer)], k, pos);
     kv.append(kv.values[size_t(layer)], v, pos);
     const int64_t width = kv.shape.head_dim, heads = q.cols / width;

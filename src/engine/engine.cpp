@@ -26,9 +26,9 @@ const char* version() {
 }
 
 DType kv_dtype(const std::string& name) {
-  if (name == "f32") return DType::f32;
-  if (name == "f16") return DType::f16;
-  fail("kv ", name, ": expected f32 or f16");
+  for (const DType type : kKvTypes)
+    if (name == dtype_name(type)) return type;
+  fail("kv ", name, ": expected f32, f16 or int8");
 }
 
 Engine::Data::Data(const std::string& dir, const EngineOptions& options)

@@ -21,7 +21,7 @@ struct Engine::Data {
   std::unique_ptr<Backend> backend;  // uses the pool
 };
 
-/// "f32" or "f16"; throws Error for others.
+/// The type of kKvTypes of that name; throws Error for others.
 DType kv_dtype(const std::string& name);
 
 }  // namespace larosa

@@ -44,11 +44,12 @@ struct Sums {
 
 class Scorer {
  public:
-  Scorer(const Model& model, Backend& backend, int64_t context)
+  Scorer(const Model& model, Backend& backend, int64_t context, DType kv)
       : model_(model),
         backend_(backend),
         decoder_(model.config, backend),
         context_(context),
+        kv_(kv),
         hidden_(static_cast<size_t>(context * model.config.dim)),
         logits_(static_cast<size_t>(block_rows() * model.config.vocab)) {}
 
@@ -59,7 +60,7 @@ class Scorer {
 
   void run_window(std::span<const int32_t> tokens, int64_t dense_rows) {
     const ModelConfig& c = model_.config;
-    const auto cache = backend_.make_kv_cache({c.layers, c.kv_heads, c.head_dim, context_, DType::f32});
+    const auto cache = backend_.make_kv_cache({c.layers, c.kv_heads, c.head_dim, context_, kv_});
     const int64_t rows = static_cast<int64_t>(tokens.size());
     const Mat hidden(hidden_.data(), rows, c.dim);
     const auto first = static_cast<size_t>(std::min(dense_rows, rows));
@@ -82,6 +83,7 @@ class Scorer {
   Backend& backend_;
   Decoder decoder_;
   int64_t context_;
+  DType kv_;
   std::vector<float> hidden_, logits_;
 };
 
@@ -174,9 +176,9 @@ PerplexityResult perplexity(const Model& model, const Model* reference, Backend&
   for (int32_t id : tokens) {
     if (id < 0 || id >= vocab) fail("token id ", id, " is outside the model's vocabulary of ", vocab);
   }
-  Scorer scorer(model, backend, context);
+  Scorer scorer(model, backend, context, options.kv);
   std::unique_ptr<Scorer> other;
-  if (reference) other = std::make_unique<Scorer>(*reference, backend, context);
+  if (reference) other = std::make_unique<Scorer>(*reference, backend, context, DType::f32);
 
   PerplexityResult result;
   Totals totals;

@@ -49,6 +49,7 @@ struct PerplexityOptions {
   int32_t bos = -1;          // replaces every window's first token when ≥ 0
   double dense_prompt = 0;   // share of each window that runs dense and is not scored
   int64_t most_windows = 0;  // 0: all
+  DType kv = DType::f32;     // type of the model's key/value cache; the reference's is f32
 };
 
 /// Mean and standard error of a per-prediction quantity.

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "backend/backend.h"
 #include "base/error.h"
 
 namespace larosa {
@@ -153,7 +154,7 @@ TokenBytes token_bytes(const Model& model, DType kv) {
   }
   bytes.outer += model.outer.head.bytes() + c.dim * dtype_size(model.outer.embed.dtype) +
                  (model.outer.norm_out ? c.dim * 4 : 0);
-  const int64_t kv_of_layer = 2 * c.kv_dim() * dtype_size(kv);
+  const int64_t kv_of_layer = KvShape{1, c.kv_heads, c.head_dim, 0, kv}.bytes_per_token();
   bytes.kv_per_position = c.layers * kv_of_layer;
   bytes.window = c.window;
   for (int64_t l = 0; l < c.layers; ++l) bytes.kv_windowed += c.window_of(l) > 0 ? kv_of_layer : 0;

@@ -26,28 +26,27 @@ int64_t first_key(int64_t position, int64_t window) {
 }  // namespace
 
 CpuKvCache::CpuKvCache(const KvShape& shape) : shape_(shape), chunks_(static_cast<size_t>(shape.layers)) {
-  CHECK(shape.dtype == DType::f32 || shape.dtype == DType::f16);
+  CHECK(std::ranges::count(kKvTypes, shape.dtype) == 1);
 }
 
 int64_t CpuKvCache::bytes_per_token() const {
-  return 2 * shape_.layers * shape_.kv_heads * shape_.head_dim * dtype_size(shape_.dtype);
+  return shape_.bytes_per_token();
 }
 
 void CpuKvCache::reserve(int64_t layer, int64_t end) {
   auto& chunks = chunks_[static_cast<size_t>(layer)];
-  const int64_t bytes = 2 * shape_.kv_heads * kChunk * shape_.head_dim * dtype_size(shape_.dtype);
+  const int64_t bytes = 2 * shape_.kv_heads * kChunk * kv_bytes(shape_.dtype, shape_.head_dim);
   while (static_cast<int64_t>(chunks.size()) * kChunk < end) {
     chunks.push_back(std::make_unique_for_overwrite<std::byte[]>(static_cast<size_t>(bytes)));
   }
 }
 
-std::byte* CpuKvCache::keys(int64_t layer, int64_t chunk, int64_t g, int64_t slot) const {
+StoredHead CpuKvCache::head(int64_t layer, int64_t chunk, int64_t index, int64_t slot) const {
   std::byte* base = chunks_[static_cast<size_t>(layer)][static_cast<size_t>(chunk)].get();
-  return base + (g * kChunk + slot) * shape_.head_dim * dtype_size(shape_.dtype);
-}
-
-std::byte* CpuKvCache::values(int64_t layer, int64_t chunk, int64_t g, int64_t slot) const {
-  return keys(layer, chunk, shape_.kv_heads + g, slot);
+  const int64_t at = index * kChunk + slot, width = shape_.head_dim;
+  if (shape_.dtype != DType::int8) return {base + at * width * dtype_size(shape_.dtype), nullptr};
+  const auto* scales = reinterpret_cast<const float*>(base + 2 * shape_.kv_heads * kChunk * width);
+  return {base + at * width, scales + at};
 }
 
 Attention::Attention(const Kernels& kernels, ThreadPool& pool)
@@ -63,21 +62,28 @@ void Attention::run(Mat q, Mat k, Mat v, CpuKvCache& cache, int64_t layer, int64
                     : many_rows(q, cache, layer, pos, window, out);
 }
 
+/// One head's key or value at the place that keys() or values() gave.
+void Attention::store(const float* x, const KvShape& shape, StoredHead to) const {
+  void* data = const_cast<void*>(to.data);
+  if (shape.dtype != DType::int8) return kernels_.narrow(x, shape.dtype, shape.head_dim, data);
+  *const_cast<float*>(to.scale) = kernels_.quantise_head(x, shape.head_dim, static_cast<int8_t*>(data));
+}
+
 void Attention::append(Mat k, Mat v, CpuKvCache& cache, int64_t layer, int64_t pos) {
   const KvShape& shape = cache.shape();
   CHECK(k.cols == shape.kv_heads * shape.head_dim && v.cols == k.cols && k.rows == v.rows);
   cache.reserve(layer, pos + k.rows);
-  const auto store = [&](int64_t begin, int64_t end) {
+  const auto store_rows = [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t chunk = (pos + t) / kChunk, slot = (pos + t) % kChunk;
       for (int64_t g = 0; g < shape.kv_heads; ++g) {
         const int64_t at = g * shape.head_dim;
-        kernels_.narrow(k.row(t) + at, shape.dtype, shape.head_dim, cache.keys(layer, chunk, g, slot));
-        kernels_.narrow(v.row(t) + at, shape.dtype, shape.head_dim, cache.values(layer, chunk, g, slot));
+        store(k.row(t) + at, shape, cache.keys(layer, chunk, g, slot));
+        store(v.row(t) + at, shape, cache.values(layer, chunk, g, slot));
       }
     }
   };
-  k.rows < kFewRows ? store(0, k.rows) : pool_.split(k.rows, 1, store);
+  k.rows < kFewRows ? store_rows(0, k.rows) : pool_.split(k.rows, 1, store_rows);
 }
 
 /// Decoding: a unit is one row, one key/value head and one segment of positions. Segments lie at fixed
@@ -154,6 +160,14 @@ void Attention::many_rows(Mat q, const CpuKvCache& cache, int64_t layer, int64_t
   });
 }
 
+/// Positions [0, n) of a head as float32: where they are, or in `room`.
+const float* Attention::widen(StoredHead head, const KvShape& shape, int64_t n, float* room) const {
+  if (shape.dtype == DType::f32) return static_cast<const float*>(head.data);
+  shape.dtype == DType::int8 ? kernels_.widen_heads(head, n, shape.head_dim, room)
+                             : kernels_.widen(head.data, shape.dtype, n * shape.head_dim, room);
+  return room;
+}
+
 void Attention::query_block(Mat q, const CpuKvCache& cache, int64_t layer, int64_t pos, int64_t window,
                             int64_t g, Mat out, std::vector<float>& scratch) const {
   const KvShape& shape = cache.shape();
@@ -172,14 +186,8 @@ void Attention::query_block(Mat q, const CpuKvCache& cache, int64_t layer, int64
   const int64_t last = pos + q.rows;
   for (int64_t j = first_key(pos, window) / kChunk * kChunk; j < last; j += kChunk) {
     const int64_t n = std::min(kChunk, last - j);
-    const float* keys = reinterpret_cast<const float*>(cache.keys(layer, j / kChunk, g));
-    const float* values = reinterpret_cast<const float*>(cache.values(layer, j / kChunk, g));
-    if (shape.dtype != DType::f32) {
-      kernels_.widen(keys, shape.dtype, n * width, wide);
-      kernels_.widen(values, shape.dtype, n * width, wide + kChunk * width);
-      keys = wide;
-      values = wide + kChunk * width;
-    }
+    const float* keys = widen(cache.keys(layer, j / kChunk, g), shape, n, wide);
+    const float* values = widen(cache.values(layer, j / kChunk, g), shape, n, wide + kChunk * width);
     for (int64_t h = 0; h < group; ++h) {
       const int64_t head = at + h * width;
       sgemm(true, q.rows, n, width, 1.0f / std::sqrt(static_cast<float>(width)), q.data + head, q.stride,

@@ -20,14 +20,20 @@ class CpuKvCache final : public KvCache {
   const KvShape& shape() const { return shape_; }
   /// Makes room for positions [0, end) of a layer.
   void reserve(int64_t layer, int64_t end);
-  /// Position `slot` of a chunk, for key/value head g.   (kChunk, E) follow one another
-  std::byte* keys(int64_t layer, int64_t chunk, int64_t g, int64_t slot = 0) const;
-  std::byte* values(int64_t layer, int64_t chunk, int64_t g, int64_t slot = 0) const;
+  /// Key/value head g from position `slot` of a chunk on; positions follow one another.
+  StoredHead keys(int64_t layer, int64_t chunk, int64_t g, int64_t slot = 0) const {
+    return head(layer, chunk, g, slot);
+  }
+  StoredHead values(int64_t layer, int64_t chunk, int64_t g, int64_t slot = 0) const {
+    return head(layer, chunk, shape_.kv_heads + g, slot);
+  }
 
  private:
+  StoredHead head(int64_t layer, int64_t chunk, int64_t index, int64_t slot) const;
+
   KvShape shape_;
   std::vector<std::vector<std::unique_ptr<std::byte[]>>>
-      chunks_;  // per layer: keys (G, kChunk, E), then values
+      chunks_;  // per layer: keys (G, kChunk, E), values, with int8 their scales (2 G, kChunk)
 };
 
 class Attention {
@@ -36,6 +42,8 @@ class Attention {
   void run(Mat q, Mat k, Mat v, CpuKvCache& cache, int64_t layer, int64_t pos, int64_t window, Mat out);
 
  private:
+  void store(const float* x, const KvShape& shape, StoredHead to) const;
+  const float* widen(StoredHead head, const KvShape& shape, int64_t n, float* room) const;
   void append(Mat k, Mat v, CpuKvCache& cache, int64_t layer, int64_t pos);
   void few_rows(Mat q, const CpuKvCache& cache, int64_t layer, int64_t pos, int64_t window, Mat out);
   void many_rows(Mat q, const CpuKvCache& cache, int64_t layer, int64_t pos, int64_t window, Mat out);

@@ -35,6 +35,13 @@ struct Cut {
   int64_t ties = 0;
 };
 
+/// Keys or values of one head as the cache keeps them: (n, E) elements, and with int8 the scale (n) of each
+/// position.
+struct StoredHead {
+  const void* data;
+  const float* scale;  // null unless int8
+};
+
 /// Heads that attend_group takes side by side, and its room for their scores.
 constexpr int64_t kAttendHeads = 4;
 constexpr int64_t kAttendStride = 256;
@@ -89,11 +96,15 @@ struct Kernels {
   void (*rope)(const float* cosine, const float* sine, int64_t half, float* head);
 
   // -- attend -------------------------------------------------------------------------------------------
-  /// The query heads (heads, E) that share keys and values [0, n) (stored (n, E)), n ≤ kAttendStride: folds
-  /// these into every head's state (running maximum, sum, weighted mean of the values (E)), `stride` floats
-  /// apart. `score`: room for kAttendScore.
-  void (*attend_group)(const float* q, const void* keys, const void* values, DType dtype, int64_t n,
+  /// The query heads (heads, E) that share keys and values [0, n), n ≤ kAttendStride: folds these into every
+  /// head's state (running maximum, sum, weighted mean of the values (E)), `stride` floats apart. `score`:
+  /// room for kAttendScore.
+  void (*attend_group)(const float* q, StoredHead keys, StoredHead values, DType dtype, int64_t n,
                        int64_t width, int64_t heads, float* score, float* state, int64_t stride);
+  /// One head's key or value (n) as levels; returns the scale (backend.h, kKvTypes).
+  float (*quantise_head)(const float* x, int64_t n, int8_t* levels);
+  /// to (n, width) = scale[j] · level[j, e].
+  void (*widen_heads)(StoredHead from, int64_t n, int64_t width, float* to);
   /// One row of scores [0, n) becomes e^(score − max) for [begin, end) and zero elsewhere. Returns by how
   /// much the results so far must be scaled.
   float (*soften)(float* score, int64_t n, int64_t begin, int64_t end, float* max, float* sum);
