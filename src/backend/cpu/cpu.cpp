@@ -92,6 +92,8 @@ class CpuSelection final : public Selection {
   std::vector<float> masked;  // (rows, cols); several rows
 };
 
+constexpr Cut kNothing = {0x7fffffff, 0}, kEverything = {-1, 0};
+
 class CpuBackend final : public Backend {
  public:
   CpuBackend(const CpuOptions& options, ThreadPool& pool)
@@ -143,7 +145,8 @@ class CpuBackend final : public Backend {
   void topk(Mat x, const float* scale, int64_t keep, Selection& kept) override {
     CHECK(keep >= 0 && keep <= x.cols);
     select(x, scale, kept, [&](const float* row, int32_t* work) {
-      return keep > 0 ? kernels_.find_cut(row, scale, x.cols, keep, work) : Cut{0x7fffffff, 0};
+      if (keep == 0) return kNothing;
+      return keep < x.cols ? kernels_.find_cut(row, scale, x.cols, keep, work) : kEverything;
     });
   }
 
