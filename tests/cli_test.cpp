@@ -523,6 +523,49 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   EXPECT_FALSE(plan["notes"].contains("score"));
 }
 
+TEST_F(Cli, QuantisedWeights) {
+  for (const char* method : {"dense", "larosa"}) {
+    const std::string made = dir_ / method;
+    const Outcome o =
+        run({"sparsify", model(), "-o", made, "--method", method, "--weights", "int4", "--calib", text()});
+    ASSERT_EQ(o.code, 0) << o.err;
+    EXPECT_EQ(run({"run", made, "-p", "hello", "-n", "4", "--check-tensors"}).code, 0);
+    const auto j = nlohmann::json::parse(run({"inspect", made, "--json", "--tensors"}).out);
+    EXPECT_EQ(j["plan"]["notes"]["weights"], "int4");
+    std::map<std::string, nlohmann::json> tensors;
+    for (const auto& t : j["tensors"]) tensors[t["name"]] = t;
+    EXPECT_EQ(tensors["layers.1.up"],
+              nlohmann::json({{"name", "layers.1.up"}, {"dtype", "int4"}, {"shape", {48, 56}}}));
+    EXPECT_EQ(tensors["head"], nlohmann::json({{"name", "head"}, {"dtype", "int8"}, {"shape", {48, 260}}}));
+    EXPECT_EQ(tensors["embed"], nlohmann::json({{"name", "embed"}, {"dtype", "int8"}, {"shape", {260, 48}}}));
+    EXPECT_EQ(read_json(made + "/config.json")["larosa"]["weights"], "int4");
+    const Outcome bench = run({"bench", made, "-p", "8", "-n", "4", "-r", "1", "-o", "json"});
+    EXPECT_EQ(bench.code, 0) << bench.err;
+  }
+  const auto sparsify = [&](Arguments more) {
+    Arguments a = {"sparsify", model(), "-o", dir_ / "made", "--calib", text()};
+    a.insert(a.end(), more.begin(), more.end());
+    return a;
+  };
+  expect_refused(sparsify({"--weights", "int5"}), {"--weights", "int5", "int4"});
+  expect_refused(sparsify({"--head-weights", "u8"}), {"--head-weights", "u8"});
+  expect_refused(sparsify({"--method", "topk", "--adapter-weights", "int8"}), {"--adapter-weights", "topk"});
+  expect_refused(sparsify({"--form", "simulate", "--adapter-weights", "int8"}), {"--adapter-weights"});
+  const Arguments random = {"bench", "--config", dir_ / "config.json", "--random-weights"};
+  const auto bench = [&](Arguments more) {
+    more.insert(more.begin(), random.begin(), random.end());
+    return more;
+  };
+  expect_refused(bench({"--weights", "int4", "--save", dir_ / "made"}), {"--weights int4", "--save"});
+  const Outcome o = run(bench({"--weights", "int4", "-p", "0", "-n", "4", "-r", "1"}));
+  EXPECT_EQ(o.code, 0) << o.err;
+  EXPECT_NE(o.out.find("int4"), std::string::npos) << o.out;
+  // Other types are another job: a resume does not mix them.
+  ASSERT_EQ(run(sparsify({"--weights", "int8"}), {"/dev/null", 24000}).code, 1);
+  EXPECT_NE(run(sparsify({"--weights", "int4"})).err.find("other options"), std::string::npos);
+  EXPECT_EQ(run(sparsify({"--weights", "int8"})).code, 0);
+}
+
 TEST_F(Cli, AgainstAModelThatCannotBeCompared) {
   edit_json(copy("other") + "/tokenizer.json",
             [](nlohmann::json& j) { std::swap(j["model"]["vocab"]["e"], j["model"]["vocab"]["t"]); });

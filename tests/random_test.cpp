@@ -2,6 +2,7 @@
 #include "model/random.h"
 
 #include "base/error.h"
+#include "base/quant.h"
 #include "calib/methods.h"
 #include "io/json.h"
 #include "model_fixture.h"
@@ -17,12 +18,12 @@ Plan plan_for(const ModelConfig& config, double sparsity) {
 }
 
 TEST(RandomModel, FiniteEqualAndSparse) {
-  constexpr DType kTypes[] = {DType::f32, DType::f16, DType::bf16};
+  constexpr DType kTypes[] = {DType::f32, DType::f16, DType::bf16, DType::int8, DType::int4};
   for (size_t m = 0; m < tiny_models().size(); ++m) {
     const std::string dir = tiny_models()[m];
     ModelConfig config = load_config(dir);
     config.layers = 40;
-    for (const DType dtype : {kTypes[m % 3]}) {
+    for (const DType dtype : {kTypes[m % std::size(kTypes)]}) {
       std::vector<std::vector<float>> found;
       for (const int threads : {1, 2}) {
         ThreadPool pool(threads);
@@ -32,12 +33,40 @@ TEST(RandomModel, FiniteEqualAndSparse) {
         const TokenBytes bytes = token_bytes(model);
         EXPECT_NEAR(static_cast<double>(bytes.projections) / static_cast<double>(bytes.projections_dense),
                     0.5, 0.02);
-        EXPECT_EQ(bytes.adapters, 39 * config.dim * config.dim * dtype_size(dtype));
+        EXPECT_EQ(bytes.adapters, 39 * config.dim * line_bytes(companion(dtype), config.dim));
       }
       EXPECT_EQ(found[0], found[1]);
       double squares = 0;
       for (float v : found[0]) squares += double{v} * double{v};
       EXPECT_TRUE(std::isfinite(squares) && squares > 0) << dir << " " << dtype_name(dtype);
+    }
+  }
+}
+
+TEST(RandomModel, TypesOfEachClass) {
+  ThreadPool pool(2);
+  ModelConfig config = load_config(demo_model());
+  config.layers = 3;
+  const auto make = [&](const RandomOptions& options) {
+    return make_random_model(config, plan_for(config, 0.5), options, pool);
+  };
+  const Model quiet = make({DType::int4});
+  EXPECT_EQ(quiet.layers[1].weights[Projection::gate].dtype, DType::int4);
+  EXPECT_EQ(quiet.layers[1].adapter.dtype, DType::int8);
+  EXPECT_EQ(quiet.outer.head.dtype, DType::int8);
+  EXPECT_EQ(quiet.outer.head.layout, Layout::channels);
+  EXPECT_EQ(quiet.outer.embed.layout, Layout::rows);
+  const Model chosen = make({DType::int8, 1, DType::bf16, DType::f16});
+  EXPECT_EQ(chosen.layers[1].adapter.dtype, DType::bf16);
+  EXPECT_EQ(chosen.outer.head.dtype, DType::f16);
+  EXPECT_EQ(chosen.outer.head.layout, Layout::rows);
+  for (const Model* model : {&quiet, &chosen}) {
+    for (const Weight& w : model->layers[2].weights.projection) {
+      double squares = 0;
+      const std::vector<float> values = read_weight(w);
+      for (float v : values) squares += double{v} * double{v};
+      const double size = squares / static_cast<double>(values.size()) * static_cast<double>(w.in);
+      EXPECT_TRUE(size > 0.2 && size < 1.1) << size;  // of 1/in, the mean square that keeps a vector's size
     }
   }
 }

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "base/quant.h"
 #include "model_fixture.h"
 
 namespace larosa {
@@ -94,6 +95,196 @@ TEST_F(Sparsify, KeepAllEqualsDenseBitForBit) {  // law 1
   const auto tokens = some_tokens(model.config.vocab, 12);
   EXPECT_EQ(all_logits(model, *backend_, tokens, 1), all_logits(model, *backend_, tokens, 1, true));
   EXPECT_EQ(all_logits(model, *backend_, tokens, 12), all_logits(model, *backend_, tokens, 12, true));
+}
+
+constexpr DType kLineTypes[] = {DType::int8, DType::int4};
+
+SparsifyOptions quantised_to(DType t, double sparsity) {
+  SparsifyOptions options;
+  options.choice.sparsity = sparsity;
+  options.types = {t, companion(t), companion(t), companion(t)};
+  return options;
+}
+
+TEST_F(Sparsify, QuantisedKeepAllEqualsDenseBitForBit) {  // law 1
+  for (const DType t : kLineTypes) {
+    TemporaryDir dir;
+    make(demo_model(), dir / "out", quantised_to(t, 0));
+    const Model model = load_model(dir / "out");
+    const auto tokens = some_tokens(model.config.vocab, 12);
+    EXPECT_EQ(all_logits(model, *backend_, tokens, 1), all_logits(model, *backend_, tokens, 1, true));
+    EXPECT_EQ(all_logits(model, *backend_, tokens, 12), all_logits(model, *backend_, tokens, 12, true));
+  }
+}
+
+TEST_F(Sparsify, QuantisedSparseEqualsMasked) {  // law 2, on the weights of a file
+  for (const DType t : kLineTypes) {
+    TemporaryDir dir;
+    make(demo_model(), dir / "out", quantised_to(t, 0.5));
+    const Model model = load_model(dir / "out");
+    const auto kept = backend_->make_selection(1, model.config.ffn);
+    for (const Layer& layer : model.layers) {
+      for (size_t g = 0; g < layer.plan.groups.size(); ++g) {
+        const Group& group = layer.plan.groups[g];
+        const Weight& w = layer.weights[group.projections[0]];
+        std::vector<float> x(static_cast<size_t>(w.in)), masked(x.size()), sparse(static_cast<size_t>(w.out)),
+            dense(sparse.size());
+        for (size_t i = 0; i < x.size(); ++i) x[i] = std::sin(static_cast<float>(i * i));
+        const Mat row(x.data(), 1, w.in), expanded(masked.data(), 1, w.in);
+        backend_->topk(row, layer.groups[g].scale, group.rule.keep, *kept);
+        backend_->expand(*kept, expanded);
+        const Product by_selection{w, Mat(sparse.data(), 1, w.out), false};
+        const Product by_mask{w, Mat(dense.data(), 1, w.out), false};
+        backend_->sparse_matmul(*kept, std::span(&by_selection, 1));
+        backend_->matmul(expanded, std::span(&by_mask, 1));
+        ASSERT_EQ(sparse, dense) << dtype_name(t);
+      }
+    }
+  }
+}
+
+TEST_F(Sparsify, QuantisedTokenByTokenEqualsPrompt) {  // law 4
+  for (const DType t : kLineTypes) {
+    TemporaryDir dir;
+    make(demo_model(), dir / "out", quantised_to(t, 0));
+    const Model model = load_model(dir / "out");
+    const auto tokens = some_tokens(model.config.vocab, 40);
+    const auto prompt = all_logits(model, *backend_, tokens, tokens.size());
+    EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 1), prompt), 2e-5);
+    EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 7), prompt), 2e-5);
+  }
+}
+
+TEST_F(Sparsify, QuantisedFilesOfEveryFamilyAndForm) {
+  for (const std::string& source : tiny_models()) {
+    const Model original = load_model(source);
+    const auto tokens = some_tokens(original.config.vocab, 24);
+    const auto expected = all_logits(original, *backend_, tokens, tokens.size());
+    for (const DType t : kLineTypes) {
+      for (const char* method : {"dense", "larosa", "topk"}) {
+        for (const Form form : {Form::folded, Form::simulate}) {
+          TemporaryDir dir;
+          SparsifyOptions options = quantised_to(t, 0);
+          options.method = method;
+          options.choice.form = form;
+          make(source, dir / "out", options);
+          const Model model = load_model(dir / "out");
+          EXPECT_EQ(model.outer.head.layout, Layout::channels);
+          EXPECT_EQ(model.outer.head.dtype, DType::int8);
+          EXPECT_EQ(model.outer.embed.dtype, DType::int8);
+          EXPECT_EQ(model.plan.notes.at("weights"), dtype_name(t));
+          for (const Layer& layer : model.layers) {
+            for (const Weight& w : layer.weights.projection) EXPECT_EQ(w.dtype, t);
+            EXPECT_TRUE(!layer.adapter || layer.adapter.dtype == DType::int8);
+          }
+          check_finite(model);
+          EXPECT_EQ(model_bytes(model), model.checkpoint->bytes());
+          const auto found = all_logits(model, *backend_, tokens, tokens.size());
+          // Law 3's factor on tiny random models, about 8 (bf16: 2^-8 to 4e-2), times 6e-3 and 8e-2.
+          EXPECT_LT(relative_rms(found, expected), t == DType::int8 ? 0.06 : 0.8)
+              << source << " " << method << " " << dtype_name(t);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Sparsify, TypesOfEachClass) {
+  TemporaryDir dir;
+  SparsifyOptions options = with_sparsity(0.5);
+  options.types = {DType::f16, DType::int4, DType::f32, DType::int4};
+  make(demo_model(), dir / "out", options);
+  const Model model = load_model(dir / "out");
+  EXPECT_EQ(model.layers[0].weights[Projection::up].dtype, DType::f16);
+  EXPECT_EQ(model.layers[0].adapter.dtype, DType::int4);
+  EXPECT_EQ(model.outer.head.dtype, DType::f32);
+  EXPECT_EQ(model.outer.head.layout, Layout::rows);
+  EXPECT_EQ(model.outer.embed.dtype, DType::int4);
+  const TokenBytes bytes = token_bytes(model);
+  EXPECT_EQ(bytes.adapters, 7 * 256 * line_bytes(DType::int4, 256));
+  all_logits(model, *backend_, some_tokens(model.config.vocab, 4), 1);
+  options.types.weights = DType::int4;
+  options.output = "";
+  make(demo_model(), dir / "lines", options);
+  const Model lines = load_model(dir / "lines");
+  const TokenBytes cost = token_bytes(lines);
+  int64_t expected = 0;
+  for (const Layer& layer : lines.layers) {
+    for (const Group& group : layer.plan.groups) {
+      for (const Projection p : group.projections)
+        expected += group.rule.keep * line_bytes(DType::int4, layer.weights[p].out);
+    }
+  }
+  EXPECT_EQ(cost.projections, expected);
+}
+
+TEST_F(Sparsify, DamagedLinesAreRefused) {
+  TemporaryDir dir;
+  make(demo_model(), dir / "out", quantised_to(DType::int4, 0.5));
+  const std::string layer = dir / "out/model-00003-of-00009.safetensors";
+  const std::string outer = dir / "out/model-00001-of-00009.safetensors";
+  const auto damage = [&](const std::string& file, const std::string& from, const std::string& to,
+                          const std::vector<std::string>& words) {
+    const std::string kept = file_bytes(file);
+    std::string bytes = kept;
+    const size_t place = bytes.find(from);
+    ASSERT_NE(place, std::string::npos) << from;
+    bytes.replace(place, from.size(), to);
+    std::ofstream(file, std::ios::binary) << bytes;
+    const std::string message = message_of([&] { load_model(dir / "out"); });
+    EXPECT_FALSE(message.empty());
+    EXPECT_EQ(message.find('\n'), std::string::npos);
+    for (const std::string& word : words)
+      EXPECT_NE(message.find(word), std::string::npos) << "\"" << message << "\" lacks " << word;
+    std::ofstream(file, std::ios::binary) << kept;
+  };
+  // 704 inputs of 256 outputs: lines of 192 bytes as int4, of 320 as int8.
+  damage(layer, R"("layers.1.down":{"dtype":"U8","shape":[704,192])",
+         R"("layers.1.down":{"dtype":"U8","shape":[192,704])",
+         {"model-00003-of-00009.safetensors", "layers.1.down", "(192, 704)", "(704, 320) (int8)",
+          "(704, 192) (int4)"});
+  damage(layer, R"("layers.1.down":{"dtype":"U8")", R"("layers.1.down":{"dtype":"I8")",
+         {"model-00003-of-00009.safetensors", "layers.1.down", "dtype I8"});
+  damage(layer, R"("layers.1.down")", R"("layers.1.dowm")", {"layers.1.down", "absent"});
+  damage(outer, R"("head":{"dtype":"U8","shape":[256,)", R"("head":{"dtype":"I8","shape":[256,)",
+         {"model-00001-of-00009.safetensors", "head", "I8"});
+  damage(outer, R"("head":{"dtype")", R"("heat":{"dtype")", {"head", "absent"});
+
+  // A scale that is no number is found where it is asked for.
+  const Model model = load_model(dir / "out");
+  const Weight& down = model.layers[1].weights[Projection::down];
+  std::string bytes = file_bytes(layer);
+  const Tensor tensor = *model.checkpoint->find_bytes("layers.1.down");
+  const std::string line(reinterpret_cast<const char*>(down.line(5)), static_cast<size_t>(down.line_bytes()));
+  EXPECT_EQ(tensor.data, static_cast<const std::byte*>(down.data));
+  const size_t place = bytes.find(line);
+  ASSERT_NE(place, std::string::npos);
+  bytes.replace(place + static_cast<size_t>(scales_offset(DType::int4, 256)) + 6, 2, "\x00\x7e", 2);
+  std::ofstream(layer, std::ios::binary) << bytes;
+  const std::string message = message_of([&] { check_finite(load_model(dir / "out")); });
+  for (const char* word : {"model-00003-of-00009.safetensors", "layers.1.down", "scale 3 of line 5", "nan"})
+    EXPECT_NE(message.find(word), std::string::npos) << message;
+}
+
+TEST_F(Sparsify, WhatIsNotFiniteIsNotQuantised) {
+  TemporaryDir dir;
+  const std::string source = source_path("tests/golden/models/tinyllama-bf16");
+  std::filesystem::copy(source, dir / "bad");
+  std::string bytes = file_bytes(dir / "bad/model.safetensors");
+  {
+    const Checkpoint checkpoint = Checkpoint::open(dir / "bad");
+    const Tensor up = *checkpoint.find("model.layers.1.mlp.up_proj.weight");
+    const size_t place = bytes.find(std::string(reinterpret_cast<const char*>(up.data), 64));
+    ASSERT_NE(place, std::string::npos);
+    bytes.replace(place + 20, 2, "\xc0\x7f");
+  }
+  std::ofstream(dir / "bad/model.safetensors", std::ios::binary) << bytes;
+  SparsifyOptions options = quantised_to(DType::int4, 0);
+  options.method = "dense";
+  EXPECT_NE(
+      message_of([&] { make(dir / "bad", dir / "out", options); }).find("nan, which cannot be quantised"),
+      std::string::npos);
+  EXPECT_FALSE(std::filesystem::exists(dir / "out"));
 }
 
 TEST_F(Sparsify, TokenByTokenEqualsPrompt) {  // law 4; dense, since a near-tie may flip a selection

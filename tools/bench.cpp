@@ -22,7 +22,8 @@ namespace larosa {
 namespace {
 
 struct Flags {
-  std::string model, config, save, format = "md", method = "larosa", dtype = "bf16", kv = "f32";
+  std::string model, config, save, format = "md", method = "larosa", weights = "bf16", adapter_weights,
+                                   head_weights, kv = "f32";
   bool random_weights = false, ops = false;
   int64_t prompt = 512, gen = 128, reps = 5, shard_mb = 5000;
   std::vector<int64_t> depths = {0};
@@ -69,8 +70,12 @@ void use(Model& model, const Reading& reading) {
   }
 }
 
-DType dtype_of(const std::string& name) {
-  return name == "f32" ? DType::f32 : name == "f16" ? DType::f16 : DType::bf16;
+/// What the flags say about random weights.
+RandomOptions random_options(const Flags& f) {
+  RandomOptions options{dtype_of(f.weights)};
+  if (!f.adapter_weights.empty()) options.adapters = dtype_of(f.adapter_weights);
+  if (!f.head_weights.empty()) options.head = dtype_of(f.head_weights);
+  return options;
 }
 
 Plan plan_of(const ModelConfig& config, const std::string& method, double sparsity) {
@@ -263,7 +268,7 @@ Report measure(const Flags& f, Model& model, const std::vector<Reading>& reading
 
 void save_random(const Flags& f, ThreadPool& pool) {
   Progress progress("random weights", 1000, !f.machine.no_progress);
-  write_random_checkpoint(f.config, f.save, {dtype_of(f.dtype)}, f.shard_mb * 1000000, pool,
+  write_random_checkpoint(f.config, f.save, {dtype_of(f.weights)}, f.shard_mb * 1000000, pool,
                           [&](int64_t done, int64_t total) {
                             throw_if_interrupted();
                             progress.update(done * 1000 / std::max<int64_t>(total, 1));
@@ -287,7 +292,7 @@ std::vector<Reading> load(const Flags& f, Model& model) {
   for (double s : sparsity) plans.push_back(plan_of(config, f.method, s));
   std::fprintf(stderr, "bench: making %s random weights\n", short_count(parameter_count(config)).c_str());
   ThreadPool pool(*std::max_element(f.threads.begin(), f.threads.end()));
-  model = make_random_model(config, plans[0], {dtype_of(f.dtype)}, pool);
+  model = make_random_model(config, plans[0], random_options(f), pool);
   std::vector<Reading> readings = {dense_reading(model)};
   const Reading first = reading_of(model);
   for (size_t i = 0; i < plans.size(); ++i) {
@@ -302,6 +307,8 @@ int run(const Flags& f) {
   if (f.model.empty() == f.config.empty()) fail("give either a model directory or --config FILE");
   if (f.config.empty() == f.random_weights) fail("--config FILE and --random-weights belong together");
   if (!f.save.empty() && f.config.empty()) fail("--save needs --config FILE --random-weights");
+  if (!f.save.empty() && quantised(dtype_of(f.weights)))
+    fail("--weights ", f.weights, ": --save writes f32, f16 or bf16");
   if (f.prompt == 0 && f.gen == 0) fail("--prompt 0 --gen 0: nothing to time");
   catch_interrupts();
   if (!f.save.empty()) {
@@ -333,9 +340,14 @@ std::function<int()> setup_bench(CLI::App& app) {
   app.add_option("--shard-mb", f->shard_mb, "Most megabytes of a shard that --save writes")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->capture_default_str();
-  app.add_option("--dtype", f->dtype, "Type of the random weights")
-      ->check(CLI::IsMember({"f32", "f16", "bf16"}))
-      ->capture_default_str();
+  const auto types = CLI::IsMember({"f32", "f16", "bf16", "int8", "int4"});
+  app.add_option("--weights", f->weights, "Type of the random weights")->check(types)->capture_default_str();
+  app.add_option("--adapter-weights", f->adapter_weights,
+                 "Type of the adapters (default: int8 beside int8 and int4, else that of the weights)")
+      ->check(types);
+  app.add_option("--head-weights", f->head_weights,
+                 "Type of the output head and the embedding (default: as the adapters')")
+      ->check(types);
   app.add_option("--sparsity", f->sparsity, "Weight bytes not read, with --config (default: 0.5); 0 is dense")
       ->delimiter(',');
   app.add_option("--method", f->method, "Whose plan the random weights are read by")->capture_default_str();

@@ -98,13 +98,25 @@ void print_text(const nlohmann::ordered_json& j, bool verbose) {
   std::printf("ideal speed-up by bytes      %.3f\n", j["ideal_speedup"].get<double>());
 }
 
+/// A tensor as the model reads it: quantised lines by their type and the shape of their values.
+Tensor logical_tensor(const Model& model, const std::string& name) {
+  const auto bytes = model.checkpoint->find_bytes(name);
+  if (!bytes) return *model.checkpoint->find(name);
+  Tensor tensor = *bytes;
+  if (const Weight* w = find_quantised(model, tensor)) {
+    tensor.dtype = w->dtype;
+    tensor.shape = {w->lines(), w->line_length()};
+  }
+  return tensor;
+}
+
 int run(const Flags& f) {
   const Model model = load_model(f.model);
-  if (f.check_tensors) model.checkpoint->check_finite();
+  if (f.check_tensors) check_finite(model);
   auto j = describe(model);
   std::vector<Tensor> tensors;
   for (const std::string& name : f.tensors ? model.checkpoint->names() : std::vector<std::string>())
-    tensors.push_back(*model.checkpoint->find(name));
+    tensors.push_back(logical_tensor(model, name));
   if (f.json) {
     for (const Tensor& t : tensors)
       j["tensors"].push_back({{"name", t.name}, {"dtype", dtype_name(t.dtype)}, {"shape", t.shape}});

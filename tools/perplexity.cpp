@@ -76,8 +76,8 @@ int run(const Flags& f) {
   const Model model = load_model(f.model);
   std::optional<Model> reference;
   if (!f.against.empty()) reference = load_model(f.against);
-  if (f.check_tensors) model.checkpoint->check_finite();
-  if (f.check_tensors && reference) reference->checkpoint->check_finite();
+  if (f.check_tensors) check_finite(model);
+  if (f.check_tensors && reference) check_finite(*reference);
   PerplexityOptions options;
   options.context = f.context != 0 ? f.context : std::min(protocol.context, model.config.context);
   const int64_t most =

@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 
 #include "base/error.h"
 #include "base/progress.h"
@@ -16,7 +17,8 @@ namespace {
 
 struct Flags {
   std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", rotate_h2 = "on",
-                             score = "norm", select = "normalised", site_scale = "1,1,1,1";
+                             score = "norm", select = "normalised", site_scale = "1,1,1,1",
+                             weights = "source", adapter_weights, head_weights, embed_weights;
   double sparsity = 0.5;
   int64_t calib_tokens = 0;
   bool check_tensors = false;
@@ -72,9 +74,30 @@ void refuse_unused(const Flags& f, const CLI::App& app, const Choice& choice, co
       std::fprintf(stderr, "sparsify: method %s needs no calibration, --calib is not read\n",
                    f.method.c_str());
   }
+  if (!plan.layers[0].adapter && app.get_option("--adapter-weights")->count() > 0)
+    fail("--adapter-weights: method ", f.method, " in this form has no adapters");
   if (!thins(plan.layers[0])) {
     for (const char* option : {"--sparsity", "--score", "--site-scale"}) refuse(option);
   }
+}
+
+std::optional<DType> stored_type(const std::string& flag) {
+  return flag == "source" ? std::nullopt : std::optional(dtype_of(flag));
+}
+
+/// What no flag chooses stands in int8 beside quantised weights, else as the source has it.
+StoredTypes stored_types(const Flags& f) {
+  StoredTypes types;
+  types.weights = stored_type(f.weights);
+  const auto chosen = [&](const std::string& flag) {
+    if (!flag.empty()) return stored_type(flag);
+    return types.weights && quantised(*types.weights) ? std::optional(companion(*types.weights))
+                                                      : std::nullopt;
+  };
+  types.adapters = chosen(f.adapter_weights);
+  types.head = chosen(f.head_weights);
+  types.embed = chosen(f.embed_weights);
+  return types;
 }
 
 int run(Flags& f, const CLI::App& app) {
@@ -94,6 +117,7 @@ int run(Flags& f, const CLI::App& app) {
   choice.after_gain = f.select == "gained";
   if (choice.after_gain && choice.form == Form::folded)
     fail("--select gained: only --form simulate can thin after the RMSNorm gain");
+  options.types = stored_types(f);
   options.check_tensors = f.check_tensors;
   options.progress = !f.machine.no_progress;
   refuse_unused(f, app, choice, plan_model(find_method(f.method), load_config(f.model), choice));
@@ -147,6 +171,17 @@ std::function<int()> setup_sparsify(CLI::App& app) {
          "simulate only: thin the normalised input before the RMSNorm gain, or the gained one after it")
       ->check(CLI::IsMember({"normalised", "gained"}))
       ->default_str("normalised");
+  const auto types = CLI::IsMember({"source", "f32", "f16", "bf16", "int8", "int4"});
+  app.add_option("--weights", f->weights, "Type of the projections' weights; source: as they came")
+      ->check(types)
+      ->capture_default_str();
+  app.add_option("--adapter-weights", f->adapter_weights,
+                 "Type of the adapters (default: int8 with --weights int8 or int4, else source)")
+      ->check(types);
+  app.add_option("--head-weights", f->head_weights, "Type of the output head (default: as the adapters')")
+      ->check(types);
+  app.add_option("--embed-weights", f->embed_weights, "Type of the embedding (default: as the adapters')")
+      ->check(types);
   app.add_flag("--check-tensors", f->check_tensors, "Refuse tensors with NaN or infinity");
   f->machine.declare(app);
   return [f, &app] { return run(*f, app); };

@@ -4,6 +4,9 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <span>
+
+#include "base/error.h"
 
 namespace larosa {
 namespace {
@@ -24,66 +27,82 @@ int read_level(const std::byte* line, DType t, int64_t i) {
   return (static_cast<int>(line[byte]) >> shift & 15) - 8;
 }
 
-void write_level(std::byte* line, DType t, int64_t i, int level) {
+/// Packs the levels of a block.
+void write_block(std::byte* line, DType t, int64_t first, const std::array<int, kQuantBlock>& levels) {
   if (t == DType::int8) {
-    line[i] = static_cast<std::byte>(static_cast<int8_t>(level));
+    for (int64_t i = 0; i < kQuantBlock; ++i)
+      line[first + i] = static_cast<std::byte>(static_cast<int8_t>(levels[static_cast<size_t>(i)]));
     return;
   }
-  const auto [byte, shift] = nibble_of(i);
-  line[byte] |= static_cast<std::byte>((level + 8) << shift);
+  std::memset(line + first / 2, 0, kQuantBlock / 2);
+  for (int64_t i = 0; i < kQuantBlock; ++i) {
+    const auto [byte, shift] = nibble_of(first + i);
+    line[byte] |= static_cast<std::byte>((levels[static_cast<size_t>(i)] + 8) << shift);
+  }
 }
 
-/// Levels of values / scale and their squared error.
-double round_group(const float* values, int64_t count, float scale, int least, int most, int* levels) {
+/// Levels of values / scale, rounded to nearest and clamped, and their squared error.
+float try_scale(const float* values, int64_t count, float scale, float least, float most, float* levels) {
   const float inverse = scale != 0 ? 1 / scale : 0;
-  double error = 0;
+  float error = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const float level =
-        std::clamp(std::nearbyint(values[i] * inverse), static_cast<float>(least), static_cast<float>(most));
-    const double miss =
-        static_cast<double>(values[i]) - static_cast<double>(level) * static_cast<double>(scale);
-    levels[i] = static_cast<int>(level);
+    constexpr float kRound = 0x1.8p23f;  // adding it leaves no bits for a fraction: nearest even
+    const float level = (std::min(std::max(values[i] * inverse, least), most) + kRound) - kRound;
+    const float miss = values[i] - level * scale;
+    levels[i] = level;
     error += miss * miss;
   }
   return error;
 }
 
+/// Levels of values[0, count) and their scale (f16 bits), the one of least squared error among those tried.
+/// int8: the range as it is, clipping gains nothing at 8 bits. int4: there is a level more below zero than
+/// above, so the largest value's sign decides the scale's; clipping the tail pays.
+uint16_t round_group(const float* values, int64_t count, DType t, int* levels) {
+  static constexpr std::array<float, 1> kWhole = {127.0f};
+  static constexpr std::array<float, 9> kClipped = {-8.0f, -7.0f,  -7.5f,  -8.5f, -9.0f,
+                                                    -9.5f, -10.0f, -11.0f, 7.0f};
+  const bool narrow = t == DType::int4;
+  const std::span<const float> tried = narrow ? std::span<const float>(kClipped) : kWhole;
+  const float least_level = narrow ? -8.0f : -127.0f, most_level = narrow ? 7.0f : 127.0f;
+  float largest = 0;  // of greatest size, with its sign
+  for (int64_t i = 0; i < count; ++i)
+    if (std::fabs(values[i]) > std::fabs(largest)) largest = values[i];
+  std::array<float, kQuantBlock> rounded{};
+  float least = -1;
+  uint16_t best = 0;
+  for (const float steps : tried) {
+    const uint16_t bits = f32_to_f16(std::clamp(largest / steps, -65504.0f, 65504.0f));
+    const float error = try_scale(values, count, f16_to_f32(bits), least_level, most_level, rounded.data());
+    if (least >= 0 && !(error < least)) continue;
+    least = error;
+    best = bits;
+    for (int64_t i = 0; i < count; ++i) levels[i] = static_cast<int>(rounded[static_cast<size_t>(i)]);
+  }
+  return best;
+}
+
 }  // namespace
 
-void quantise_line(const float* values, int64_t n, DType t, std::byte* line) {
+void quantise_part(const float* values, int64_t first, int64_t count, int64_t n, DType t, std::byte* line) {
+  CHECK(first % kQuantBlock == 0 && (count % kQuantBlock == 0 || first + count == n));
   const int64_t group = quant_group(t);
-  std::memset(line, 0, static_cast<size_t>(line_bytes(t, n)));
-  std::array<int, kQuantBlock> levels{}, best{};
-  for (int64_t first = 0; first < padded_line(n); first += group) {
-    const int64_t count = std::clamp<int64_t>(n - first, 0, group);
-    float largest = 0;  // of greatest size, with its sign
-    for (int64_t i = 0; i < count; ++i)
-      if (std::fabs(values[first + i]) > std::fabs(largest)) largest = values[first + i];
-    // int8: the range as it is, clipping gains nothing at 8 bits. int4: there is a level more below zero than
-    // above, so the largest value's sign decides the scale's; clipping the tail pays.
-    constexpr std::array<float, 1> kWhole = {127.0f};
-    constexpr std::array<float, 9> kClipped = {-7.0f, -7.5f,  -8.0f,  -8.5f, -9.0f,
-                                               -9.5f, -10.0f, -11.0f, 7.0f};
-    double least = -1;
-    uint16_t scale = 0;
-    const auto attempt = [&](float steps) {
-      const uint16_t bits = f32_to_f16(std::clamp(largest / steps, -65504.0f, 65504.0f));
-      const double error = round_group(values + first, count, f16_to_f32(bits), t == DType::int4 ? -8 : -127,
-                                       t == DType::int4 ? 7 : 127, levels.data());
-      if (least >= 0 && error >= least) return;
-      least = error;
-      scale = bits;
-      best = levels;
-    };
-    if (t == DType::int4) {
-      for (float steps : kClipped) attempt(steps);
-    } else {
-      for (float steps : kWhole) attempt(steps);
+  std::array<int, kQuantBlock> levels{};
+  for (int64_t block = 0; block < count; block += kQuantBlock) {
+    levels.fill(0);
+    for (int64_t i = block; i < block + kQuantBlock; i += group) {
+      const uint16_t scale =
+          round_group(values + i, std::clamp<int64_t>(count - i, 0, group), t, levels.data() + (i - block));
+      std::memcpy(line + scales_offset(t, n) + (first + i) / group * 2, &scale, sizeof(scale));
     }
-    for (int64_t i = 0; i < group; ++i)
-      write_level(line, t, first + i, i < count ? best[static_cast<size_t>(i)] : 0);
-    std::memcpy(line + scales_offset(t, n) + first / group * 2, &scale, sizeof(scale));
+    write_block(line, t, first + block, levels);
   }
+}
+
+void quantise_line(const float* values, int64_t n, DType t, std::byte* line) {
+  quantise_part(values, 0, n, n, t, line);
+  const int64_t end = scales_offset(t, n) + padded_line(n) / quant_group(t) * 2;
+  std::memset(line + end, 0, static_cast<size_t>(line_bytes(t, n) - end));
 }
 
 void read_line(const void* line, DType t, int64_t n, int64_t first, int64_t count, float* values) {

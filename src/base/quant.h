@@ -39,6 +39,10 @@ constexpr int64_t scales_offset(DType t, int64_t n) {
 /// scale of least squared error among those tried. Values that are not finite are a mistake of the caller's.
 void quantise_line(const float* values, int64_t n, DType t, std::byte* line);
 
+/// The same for values `first` … `first` + count − 1 of a line of n, whole blocks of it: a line can be
+/// written in parts. Padding after the scales is left alone.
+void quantise_part(const float* values, int64_t first, int64_t count, int64_t n, DType t, std::byte* line);
+
 /// values[0, count) = value `first` … of a line of n values, any stored type (one rounding: scale · q in
 /// float32).
 void read_line(const void* line, DType t, int64_t n, int64_t first, int64_t count, float* values);

@@ -7,6 +7,15 @@
 
 namespace larosa {
 
+DType dtype_of(const std::string& name) {
+  constexpr DType kTypes[] = {DType::f32, DType::f16,  DType::bf16, DType::f64,
+                              DType::u8,  DType::int8, DType::int4};
+  for (const DType t : kTypes)
+    if (name == dtype_name(t)) return t;
+  CHECK(!"a type's name");
+  return DType::f32;
+}
+
 int64_t line_bytes(DType t, int64_t n) {
   if (!quantised(t)) return n * dtype_size(t);
   constexpr int64_t kLine = 64;

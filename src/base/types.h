@@ -41,6 +41,14 @@ constexpr const char* dtype_name(DType t) {
   return "?";
 }
 
+/// The type of that name; CHECKs that there is one (flags are validated where they are read).
+DType dtype_of(const std::string& name);
+/// What adapters, heads and tables are stored in beside projections of type t: int8 costs them nothing that
+/// can be measured, int4 does.
+constexpr DType companion(DType t) {
+  return quantised(t) ? DType::int8 : t;
+}
+
 /// A view of float32 rows in backend memory. // (rows, cols), rows `stride` elements apart
 struct Mat {
   float* data = nullptr;

@@ -5,6 +5,8 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/progress.h"
+#include "base/quant.h"
 #include "base/thread_pool.h"
 
 namespace larosa {
@@ -30,6 +32,14 @@ std::vector<std::byte> round_to(const Matrix& m, DType dtype, ThreadPool& pool) 
       store_element(bytes.data(), dtype, i, m.data[static_cast<size_t>(i)]);
   });
   return bytes;
+}
+
+/// float64 → float32 for quantising; refuses what has no level.
+void narrow(const std::string& name, std::span<const double> values, float* to) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    to[i] = static_cast<float>(values[i]);
+    if (!std::isfinite(to[i])) fail("tensor ", name, ": holds ", values[i], ", which cannot be quantised");
+  }
 }
 
 FoldedTensor vector_tensor(const std::string& name, std::span<const double> values) {
@@ -107,7 +117,7 @@ class LayerFolder {
     if (w.norm_k) vector("norm_k", w.norm_k, job_.config.head_dim);
     if (job_.plan.adapter) {
       const Matrix adapter = multiply_transposed(job_.bases.stream, job_.next->stream, pool_);
-      matrix("adapter", adapter, job_.weights[Projection::wo].dtype);
+      matrix("adapter", adapter, job_.types.adapters.value_or(job_.weights[Projection::wo].dtype));
     }
   }
 
@@ -116,7 +126,7 @@ class LayerFolder {
     emit_(vector_tensor(prefix_ + name, std::vector<double>(values, values + n)));
   }
   void matrix(const std::string& name, const Matrix& m, DType dtype) {
-    emit_({prefix_ + name, dtype, {m.rows, m.cols}, round_to(m, dtype, pool_)});
+    emit_(stored_tensor(prefix_ + name, m, dtype, pool_));
   }
 
   void fold_group(const Group& group) {
@@ -144,8 +154,8 @@ class LayerFolder {
       scale_rows(m, site == Site::h1 ? job_.weights.norm_attn : job_.weights.norm_mlp);
     if (!folded_) {
       // Weights with the gain merged are stored wide: simulate shows a choice without storage rounding.
-      const DType dtype = reads_stream && merges_gain_ ? DType::f32 : source.dtype;
-      matrix(projection_name(p), m, dtype);
+      const DType as_it_is = reads_stream && merges_gain_ ? DType::f32 : source.dtype;
+      matrix(projection_name(p), m, job_.types.weights.value_or(as_it_is));
       if (source.bias) vector(std::string(projection_name(p)) + ".bias", source.bias, source.out);
     }
     turn_inputs(site, m);
@@ -156,7 +166,7 @@ class LayerFolder {
     }
     if (!folded_) return;
     turn_outputs(p, m);
-    matrix(projection_name(p), m, source.dtype);
+    matrix(projection_name(p), m, job_.types.weights.value_or(source.dtype));
     if (source.bias) {
       Matrix bias(1, source.out);
       std::copy_n(source.bias, source.out, bias.row(0));
@@ -185,13 +195,37 @@ class LayerFolder {
 
 }  // namespace
 
+SafetensorsWriter::Entry stored_entry(const std::string& name, DType dtype, int64_t lines, int64_t n) {
+  if (quantised(dtype)) return {name, DType::u8, {lines, line_bytes(dtype, n)}};
+  return {name, dtype, {lines, n}};
+}
+
+FoldedTensor stored_tensor(const std::string& name, const Matrix& m, DType dtype, ThreadPool& pool) {
+  const SafetensorsWriter::Entry entry = stored_entry(name, dtype, m.rows, m.cols);
+  FoldedTensor tensor{name, entry.dtype, entry.shape, {}};
+  if (!quantised(dtype)) {
+    tensor.bytes = round_to(m, dtype, pool);
+    return tensor;
+  }
+  const int64_t line = line_bytes(dtype, m.cols);
+  tensor.bytes.resize(static_cast<size_t>(m.rows * line));
+  pool.split(m.rows, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> values(static_cast<size_t>(m.cols));
+    for (int64_t i = begin; i < end; ++i) {
+      narrow(name, std::span(m.row(i), values.size()), values.data());
+      quantise_line(values.data(), m.cols, dtype, tensor.bytes.data() + i * line);
+    }
+  });
+  return tensor;
+}
+
 void fold_layer(const FoldJob& job, int64_t l, ThreadPool& pool,
                 const std::function<void(FoldedTensor&&)>& emit) {
   LayerFolder(job, l, pool, emit).run();
 }
 
-std::vector<std::byte> fold_rows(const Weight& table, int64_t first, int64_t count, const float* gain,
-                                 const Matrix& basis, DType dtype, ThreadPool& pool) {
+Matrix fold_rows(const Weight& table, int64_t first, int64_t count, const float* gain, const Matrix& basis,
+                 ThreadPool& pool) {
   Matrix m(count, table.in);
   pool.split(count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -201,7 +235,31 @@ std::vector<std::byte> fold_rows(const Weight& table, int64_t first, int64_t cou
       }
     }
   });
-  return round_to(basis.empty() ? m : multiply(m, basis, pool), dtype, pool);
+  return basis.empty() ? m : multiply(m, basis, pool);
+}
+
+FoldedTensor fold_columns(const std::string& name, const Weight& table, const float* gain,
+                          const Matrix& basis, DType dtype, ThreadPool& pool) {
+  constexpr int64_t kRows = 32 * kQuantBlock;
+  const SafetensorsWriter::Entry entry = stored_entry(name, dtype, table.in, table.out);
+  FoldedTensor tensor{name, entry.dtype, entry.shape, {}};
+  const int64_t line = line_bytes(dtype, table.out);
+  tensor.bytes.resize(static_cast<size_t>(table.in * line));  // zeros: the lines' padding
+  for (int64_t first = 0; first < table.out; first += kRows) {
+    throw_if_interrupted();
+    const int64_t count = std::min(kRows, table.out - first);
+    const Matrix rows = fold_rows(table, first, count, gain, basis, pool);
+    pool.split(table.in, 1, [&](int64_t begin, int64_t end) {
+      std::vector<double> column(static_cast<size_t>(count));
+      std::vector<float> values(column.size());
+      for (int64_t i = begin; i < end; ++i) {
+        for (int64_t t = 0; t < count; ++t) column[static_cast<size_t>(t)] = rows.row(t)[i];
+        narrow(name, column, values.data());
+        quantise_part(values.data(), first, count, table.out, dtype, tensor.bytes.data() + i * line);
+      }
+    });
+  }
+  return tensor;
 }
 
 }  // namespace larosa

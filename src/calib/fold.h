@@ -3,16 +3,24 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "calib/methods.h"
+#include "io/safetensors.h"
 #include "model/weights.h"
 
 namespace larosa {
 
 class ThreadPool;
+
+/// Types to store a model's tensors in, by class; nothing: as the source has them.
+struct StoredTypes {
+  std::optional<DType> weights;  // the seven projections
+  std::optional<DType> adapters, head, embed;
+};
 
 /// What happens to one layer's weights. Row vectors: stored (in, out), Wt' = B_inᵀ diag(gain) Wt B_out.
 struct FoldJob {
@@ -23,6 +31,7 @@ struct FoldJob {
   const LayerPlan& plan;
   Form form;
   bool after_gain;  // simulate: thin after the gain, so the gain stays where it is
+  StoredTypes types = {};
 };
 
 /// A finished tensor, in the words of docs/formats.md.
@@ -32,6 +41,13 @@ struct FoldedTensor {
   std::vector<int64_t> shape;
   std::vector<std::byte> bytes;
 };
+
+/// What a file says of `lines` lines of n values of a type: quantised lines are plain bytes.
+SafetensorsWriter::Entry stored_entry(const std::string& name, DType dtype, int64_t lines, int64_t n);
+
+/// Rows of m rounded once to dtype, or quantised row by row. Throws Error naming the tensor when a value to
+/// be quantised is not finite.
+FoldedTensor stored_tensor(const std::string& name, const Matrix& m, DType dtype, ThreadPool& pool);
 
 /// All tensors of layer l:
 /// - folded: q, k, v, gate, up take Q_lᵀ diag(gain); o and down take Q_l on their outputs; v and o take the
@@ -44,10 +60,15 @@ struct FoldedTensor {
 void fold_layer(const FoldJob& job, int64_t l, ThreadPool& pool,
                 const std::function<void(FoldedTensor&&)>& emit);
 
-/// rows [first, first + count) of a (vocab, dim) table times diag(gain) times the basis, rounded to dtype.
-/// gain null: ones; basis empty: identity.
-std::vector<std::byte> fold_rows(const Weight& table, int64_t first, int64_t count, const float* gain,
-                                 const Matrix& basis, DType dtype, ThreadPool& pool);
+/// rows [first, first + count) of a (vocab, dim) table times diag(gain) times the basis. gain null: ones;
+/// basis empty: identity.
+Matrix fold_rows(const Weight& table, int64_t first, int64_t count, const float* gain, const Matrix& basis,
+                 ThreadPool& pool);
+
+/// The whole table, folded like that, as quantised lines of its columns: (dim, vocab) channels. Takes the
+/// lines' bytes of memory.
+FoldedTensor fold_columns(const std::string& name, const Weight& table, const float* gain,
+                          const Matrix& basis, DType dtype, ThreadPool& pool);
 
 /// True when folding rewrites the stream's basis (so embedding, head and gains must follow).
 inline bool rewrites_stream(Form form, const Bases& bases) {

@@ -33,6 +33,10 @@ std::string hex(uint64_t value) {
   return text;
 }
 
+void write_whole(SafetensorsWriter& writer, const FoldedTensor& t) {
+  writer.write(t.name, 0, t.bytes.data(), static_cast<int64_t>(t.bytes.size()));
+}
+
 /// A safetensors file written to a temporary name and renamed when complete.
 void write_tensors(const fs::path& path, const std::vector<FoldedTensor>& tensors,
                    const std::map<std::string, std::string>& metadata) {
@@ -40,8 +44,7 @@ void write_tensors(const fs::path& path, const std::vector<FoldedTensor>& tensor
   for (const FoldedTensor& t : tensors) entries.push_back({t.name, t.dtype, t.shape});
   const std::string temporary = path.string() + ".tmp";
   SafetensorsWriter writer(temporary, entries, metadata);
-  for (const FoldedTensor& t : tensors)
-    writer.write(t.name, 0, t.bytes.data(), static_cast<int64_t>(t.bytes.size()));
+  for (const FoldedTensor& t : tensors) write_whole(writer, t);
   writer.finish();
   fs::rename(temporary, path);
 }
@@ -51,6 +54,11 @@ FoldedTensor wide_tensor(const std::string& name, const Matrix& m) {
   const auto* bytes = reinterpret_cast<const std::byte*>(m.data.data());
   tensor.bytes.assign(bytes, bytes + m.data.size() * sizeof(double));
   return tensor;
+}
+
+/// For people: "int8", or "source" where the source's types are kept.
+std::string type_name(const std::optional<DType>& dtype) {
+  return dtype ? dtype_name(*dtype) : "source";
 }
 
 class Job {
@@ -147,6 +155,11 @@ class Job {
     const Choice& choice = options_.choice;
     plan_ = plan_model(method_, config_, choice);
     plan_.fingerprint = checkpoint_.fingerprint();
+    const StoredTypes& types = options_.types;
+    plan_.notes["weights"] = type_name(types.weights);
+    if (plan_.layers[0].adapter) plan_.notes["adapters"] = type_name(types.adapters);
+    plan_.notes["head"] = type_name(types.head);
+    plan_.notes["embedding"] = type_name(types.embed);
     if (wants_.stream) {
       plan_.notes["pool"] = choice.pool ? "on" : "off";
       plan_.notes["rotate_h2"] = choice.rotate_h2 ? "on" : "off";
@@ -241,7 +254,8 @@ class Job {
                       plan.adapter ? &next : nullptr,
                       plan,
                       options_.choice.form,
-                      options_.choice.after_gain};
+                      options_.choice.after_gain,
+                      options_.types};
     std::vector<FoldedTensor> tensors;
     fold_layer(job, l, pool_, [&](FoldedTensor&& tensor) {
       throw_if_interrupted();
@@ -274,18 +288,30 @@ class Job {
       last = read_bases(config_.layers - 1);
     }
     const bool rewrites = rewrites_stream(options_.choice.form, first);
-    const bool untied = rewrites || outer.head.data != outer.embed.data;
-    const DType dtype = outer.embed.dtype;
-    std::vector<SafetensorsWriter::Entry> entries = {{"embed", dtype, {config_.vocab, config_.dim}}};
-    if (untied) entries.push_back({"head", outer.head.dtype, {config_.vocab, config_.dim}});
+    const DType embed = options_.types.embed.value_or(outer.embed.dtype);
+    const DType head = options_.types.head.value_or(outer.head.dtype);
+    // A quantised head is read by channels, the embedding by rows: they are never one tensor.
+    const bool untied = rewrites || outer.head.data != outer.embed.data || head != embed || quantised(head);
+    std::vector<SafetensorsWriter::Entry> entries = {
+        stored_entry("embed", embed, config_.vocab, config_.dim)};
+    if (untied) {
+      entries.push_back(quantised(head) ? stored_entry("head", head, config_.dim, config_.vocab)
+                                        : stored_entry("head", head, config_.vocab, config_.dim));
+    }
     const bool keeps_gain = !rewrites && outer.norm_out;
     if (keeps_gain) entries.push_back({"norm_out", DType::f32, {config_.dim}});
     auto metadata = shard_metadata();
     metadata["larosa.plan"] = plan_to_json(plan_);
     const std::string temporary = path.string() + ".tmp";
     SafetensorsWriter writer(temporary, entries, metadata);
-    write_table(writer, "embed", outer.embed, nullptr, first.stream);
-    if (untied) write_table(writer, "head", outer.head, rewrites ? outer.norm_out : nullptr, last.stream);
+    write_table(writer, "embed", outer.embed, nullptr, first.stream, embed);
+    const float* gain = rewrites ? outer.norm_out : nullptr;
+    if (untied && quantised(head)) {
+      write_whole(writer, fold_columns("head", outer.head, gain, last.stream, head, pool_));
+      release(outer.head);
+    } else if (untied) {
+      write_table(writer, "head", outer.head, gain, last.stream, head);
+    }
     if (keeps_gain) writer.write("norm_out", 0, outer.norm_out, config_.dim * 4);
     writer.finish();
     fs::rename(temporary, path);
@@ -293,14 +319,15 @@ class Job {
   }
 
   void write_table(SafetensorsWriter& writer, const std::string& name, const Weight& table, const float* gain,
-                   const Matrix& basis) {
+                   const Matrix& basis, DType dtype) {
     constexpr int64_t kRows = 4096;
-    const int64_t row_bytes = table.in * dtype_size(table.dtype);
+    const int64_t row_bytes = line_bytes(dtype, table.in);
     for (int64_t first = 0; first < table.out; first += kRows) {
       throw_if_interrupted();
       const int64_t count = std::min(kRows, table.out - first);
-      const auto bytes = fold_rows(table, first, count, gain, basis, table.dtype, pool_);
-      writer.write(name, first * row_bytes, bytes.data(), static_cast<int64_t>(bytes.size()));
+      const FoldedTensor part =
+          stored_tensor(name, fold_rows(table, first, count, gain, basis, pool_), dtype, pool_);
+      writer.write(name, first * row_bytes, part.bytes.data(), static_cast<int64_t>(part.bytes.size()));
     }
     release(table);
   }
@@ -323,7 +350,11 @@ class Job {
                         {"method", plan_.method},
                         {"form", plan_.form},
                         {"sparsity", plan_.sparsity},
+                        {"weights", plan_.notes["weights"]},
+                        {"head", plan_.notes["head"]},
+                        {"embedding", plan_.notes["embedding"]},
                         {"source", plan_.fingerprint}};
+    if (plan_.notes.contains("adapters")) config["larosa"]["adapters"] = plan_.notes["adapters"];
     write_file((fs::path(partial_) / "config.json").string(), config.dump(2) + "\n");
     for (const char* name : kCopied) {
       const fs::path from = fs::path(options_.source) / name;

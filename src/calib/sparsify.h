@@ -7,6 +7,7 @@
 #include <string>
 
 #include "backend/backend.h"
+#include "calib/fold.h"
 #include "calib/methods.h"
 
 namespace larosa {
@@ -16,6 +17,7 @@ struct SparsifyOptions {
   std::string output;  // directory to make; work in progress stands in "<output>.partial"
   std::string method = "larosa";
   Choice choice;
+  StoredTypes types;
   std::string calibration_name;  // for the plan's notes
   bool check_tensors = false;    // refuse NaN and infinities
   bool progress = true;

@@ -36,7 +36,7 @@ Engine::Data::Data(const std::string& dir, const EngineOptions& options)
       tokenizer(Tokenizer::load(dir)),
       pool(options.threads),
       backend(backend_of(options, pool)) {
-  if (options.check_tensors) model.checkpoint->check_finite();
+  if (options.check_tensors) check_finite(model);
 }
 
 Engine::Engine(const std::string& dir, const EngineOptions& options)

@@ -1,12 +1,14 @@
 #include "model/model.h"
 
 #include <algorithm>
+#include <cmath>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "backend/backend.h"
 #include "base/error.h"
+#include "base/quant.h"
 
 namespace larosa {
 namespace {
@@ -16,13 +18,30 @@ std::string layer_name(int64_t l, const std::string& name) {
 }
 
 /// A weight of a larosa directory: (in, out) channels, or (out, in) rows.
-Weight stored_weight(const Checkpoint& checkpoint, const std::string& name, int64_t in, int64_t out,
-                     Layout layout) {
-  const int64_t shape[2] = {layout == Layout::channels ? in : out, layout == Layout::channels ? out : in};
+Weight plain_weight(const Checkpoint& checkpoint, const std::string& name, int64_t in, int64_t out,
+                    Layout layout) {
+  const Weight w{nullptr, nullptr, DType::f32, layout, in, out};
+  const int64_t shape[2] = {w.lines(), w.line_length()};
   const Tensor tensor = checkpoint.get(name, shape);
   if (tensor.dtype == DType::f64)
     fail(checkpoint.file_of(name), ": tensor ", name, ": dtype F64 is not supported here");
   return Weight{tensor.data, nullptr, tensor.dtype, layout, in, out};
+}
+
+/// The same or, where the file holds plain bytes, quantised lines: their length says which type.
+Weight stored_weight(const Checkpoint& checkpoint, const std::string& name, int64_t in, int64_t out,
+                     Layout layout) {
+  const auto bytes = checkpoint.find_bytes(name);
+  if (!bytes) return plain_weight(checkpoint, name, in, out, layout);
+  std::string expected;
+  for (const DType t : {DType::int8, DType::int4}) {
+    const Weight w{bytes->data, nullptr, t, layout, in, out};
+    const std::vector<int64_t> shape = {w.lines(), w.line_bytes()};
+    if (bytes->shape == shape) return w;
+    expected += (expected.empty() ? "" : " or ") + shape_text(shape) + " (" + dtype_name(t) + ")";
+  }
+  fail(checkpoint.file_of(name), ": tensor ", name, ": shape of U8 is ", shape_text(bytes->shape),
+       ", expected ", expected);
 }
 
 const float* stored_vector(const Checkpoint& checkpoint, const std::string& name, int64_t n,
@@ -62,7 +81,7 @@ Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config,
     const int64_t width = projection_in(config, group.projections[0]);
     if (group.rule.scaled) data.scale = stored_vector(checkpoint, name + ".scale", width, w.owned);
     if (group.rule.rotated)
-      data.basis = stored_weight(checkpoint, name + ".basis", width, width, Layout::channels);
+      data.basis = plain_weight(checkpoint, name + ".basis", width, width, Layout::channels);
     layer.groups.push_back(data);
   }
   return layer;
@@ -83,9 +102,12 @@ void load_stored(Model& model, const std::string& dir) {
   }
   OuterWeights& outer = model.outer;
   outer.embed = stored_weight(checkpoint, "embed", config.dim, config.vocab, Layout::rows);
-  outer.head = checkpoint.find("head")
-                   ? stored_weight(checkpoint, "head", config.dim, config.vocab, Layout::rows)
-                   : outer.embed;
+  outer.head = outer.embed;
+  if (checkpoint.find_bytes("head")) {  // products read quantised lines by channels only
+    outer.head = stored_weight(checkpoint, "head", config.dim, config.vocab, Layout::channels);
+  } else if (quantised(outer.embed.dtype) || checkpoint.find("head")) {
+    outer.head = plain_weight(checkpoint, "head", config.dim, config.vocab, Layout::rows);
+  }
   outer.norm_out = optional_vector(checkpoint, "norm_out", config.dim, outer.owned);
   for (int64_t l = 0; l < config.layers; ++l) {
     model.layers.push_back(
@@ -122,6 +144,38 @@ Model load_model(const std::string& dir) {
   return model;
 }
 
+const Weight* find_quantised(const Model& model, const Tensor& tensor) {
+  const auto same = [&](const Weight& w) { return w.data == tensor.data && quantised(w.dtype); };
+  for (const Weight* w : {&model.outer.embed, &model.outer.head})
+    if (same(*w)) return w;
+  for (const Layer& layer : model.layers) {
+    for (const Weight& w : layer.weights.projection)
+      if (same(w)) return &w;
+    if (same(layer.adapter)) return &layer.adapter;
+  }
+  return nullptr;
+}
+
+void check_finite(const Model& model) {
+  const Checkpoint& checkpoint = *model.checkpoint;
+  checkpoint.check_finite();
+  for (const std::string& name : checkpoint.names()) {
+    const auto bytes = checkpoint.find_bytes(name);
+    const Weight* w = bytes ? find_quantised(model, *bytes) : nullptr;
+    if (!w) continue;
+    const int64_t group = quant_group(w->dtype);
+    for (int64_t line = 0; line < w->lines(); ++line) {
+      for (int64_t i = 0; i < w->line_length(); i += group) {
+        const float scale = read_scale(w->line(line), w->dtype, w->line_length(), i);
+        if (!std::isfinite(scale))
+          fail(checkpoint.file_of(name), ": tensor ", name, ": scale ", i / group, " of line ", line, " is ",
+               scale);
+      }
+    }
+    checkpoint.release(*bytes);
+  }
+}
+
 PlanShape plan_shape(const ModelConfig& config) {
   PlanShape shape;
   shape.layers = config.layers;
@@ -142,7 +196,7 @@ TokenBytes token_bytes(const Model& model, DType kv) {
         const Weight& w = layer.weights[p];
         bytes.projections_dense += w.bytes();
         const bool thinned = group.rule.select == Select::topk && !group.rule.rotated;
-        bytes.projections += thinned ? group.rule.keep * w.out * dtype_size(w.dtype) : w.bytes();
+        bytes.projections += thinned ? group.rule.keep * w.line_bytes() : w.bytes();
         if (w.bias) bytes.outer += w.out * 4;
       }
       if (group.rule.scaled) bytes.thinning += layer.weights[group.projections[0]].in * 4;
@@ -152,8 +206,8 @@ TokenBytes token_bytes(const Model& model, DType kv) {
     bytes.outer += (layer.weights.norm_attn ? c.dim * 4 : 0) + (layer.weights.norm_mlp ? c.dim * 4 : 0) +
                    (layer.weights.norm_q ? 2 * c.head_dim * 4 : 0);
   }
-  bytes.outer += model.outer.head.bytes() + c.dim * dtype_size(model.outer.embed.dtype) +
-                 (model.outer.norm_out ? c.dim * 4 : 0);
+  bytes.outer +=
+      model.outer.head.bytes() + model.outer.embed.line_bytes() + (model.outer.norm_out ? c.dim * 4 : 0);
   const int64_t kv_of_layer = KvShape{1, c.kv_heads, c.head_dim, 0, kv}.bytes_per_token();
   bytes.kv_per_position = c.layers * kv_of_layer;
   bytes.window = c.window;

@@ -47,6 +47,12 @@ Model load_model(const std::string& dir);
 /// True when `dir`/config.json has a `larosa` section, that is, when sparsify wrote it.
 bool is_larosa_dir(const std::string& dir);
 
+/// The quantised weight whose bytes a file's tensor (U8) is; null: none.
+const Weight* find_quantised(const Model& model, const Tensor& tensor);
+/// Throws Error (file, tensor) for the first NaN or infinity among the stored tensors and among the scales of
+/// quantised ones (`--check-tensors`).
+void check_finite(const Model& model);
+
 /// Numbers that a plan is checked against.
 PlanShape plan_shape(const ModelConfig& config);
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/quant.h"
 #include "io/files.h"
 #include "io/json.h"
 
@@ -42,10 +43,15 @@ Bits bits_of(DType dtype, int exponent) {
   }
 }
 
-/// Fills elements [0, n) of a tensor whose rows meet `in` inputs: |w| in [2^e, 2^(e+1)) with mean square
-/// below 1/in. 1.53 is the root mean square of [1, 2).
+/// Power of two for values that `in` inputs are multiplied with: |w| in [2^e, 2^(e+1)) times levels of root
+/// mean square `level` keeps the mean square below 1/in. 1.53 is the root mean square of [1, 2).
+int exponent_for(int64_t in, double level) {
+  return std::max(-14, -static_cast<int>(std::ceil(std::log2(1.53 * level * std::sqrt(in)))));
+}
+
+/// Fills elements [0, n) of a tensor whose rows meet `in` inputs.
 void fill(std::byte* data, DType dtype, int64_t n, int64_t in, uint64_t seed, ThreadPool& pool) {
-  const int exponent = std::max(-14, -static_cast<int>(std::ceil(std::log2(1.53 * std::sqrt(in)))));
+  const int exponent = exponent_for(in, 1);
   const Bits bits = bits_of(dtype, exponent);
   const int per_word = 64 / bits.shift;
   pool.split(n, 1 << 12, [&](int64_t begin, int64_t end) {
@@ -59,14 +65,47 @@ void fill(std::byte* data, DType dtype, int64_t n, int64_t in, uint64_t seed, Th
   });
 }
 
+/// Quantised lines whose rows meet `in` inputs: uniform levels, scales in [1, 2) of a power of two.
+void fill_lines(std::byte* data, const Weight& w, int64_t in, uint64_t seed, ThreadPool& pool) {
+  const bool narrow = w.dtype == DType::int4;
+  const int64_t n = w.line_length(), bytes = w.line_bytes(), levels = scales_offset(w.dtype, n);
+  const int64_t scales = padded_line(n) / quant_group(w.dtype);
+  // int8: odd levels only, which leaves out −128 and zero; their root mean square, and that of −8 … 7.
+  const uint64_t odd = narrow ? 0 : 0x0101010101010101ull;
+  const uint64_t exponent = static_cast<uint64_t>(exponent_for(in, narrow ? 4.64 : 73.9) + 15) << 10;
+  pool.split(w.lines(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; ++l) {
+      std::byte* line = data + l * bytes;
+      uint64_t place = static_cast<uint64_t>(l * (bytes / 8));
+      for (int64_t i = 0; i < levels; i += 8) {
+        const uint64_t word = hash(seed, place++) | odd;
+        std::memcpy(line + i, &word, sizeof(word));
+      }
+      for (int64_t i = 0; i < scales; ++i) {
+        const auto scale = static_cast<uint16_t>((hash(seed ^ 1, place++) & 0x3ff) | exponent);
+        std::memcpy(line + levels + 2 * i, &scale, sizeof(scale));
+      }
+      std::memset(line + levels + 2 * scales, 0, static_cast<size_t>(bytes - levels - 2 * scales));
+    }
+  });
+}
+
 /// Memory of a model, each tensor with a seed of its own.
 class Filler {
  public:
   Filler(Model& model, const RandomOptions& options, ThreadPool& pool)
       : model_(model), options_(options), pool_(pool) {}
 
-  Weight weight(int64_t in, int64_t out, Layout layout) {
-    return {bytes(in * out, in, options_.dtype), nullptr, options_.dtype, layout, in, out};
+  Weight weight(int64_t in, int64_t out, DType dtype, Layout layout) {
+    Weight w{nullptr, nullptr, dtype, layout, in, out};
+    if (!quantised(dtype)) {
+      w.data = bytes(in * out, in, dtype);
+    } else {
+      std::byte* lines = memory(w.bytes());
+      fill_lines(lines, w, in, next_seed(), pool_);
+      w.data = lines;
+    }
+    return w;
   }
   const float* ones(int64_t n) {
     auto* values = reinterpret_cast<float*>(bytes(n, n, DType::f32));
@@ -83,11 +122,15 @@ class Filler {
 
  private:
   std::byte* bytes(int64_t elements, int64_t in, DType dtype) {
-    model_.memory.emplace_back(elements * dtype_size(dtype));
-    std::byte* data = model_.memory.back().data();
-    fill(data, dtype, elements, in, hash(options_.seed, tensors_++), pool_);
+    std::byte* data = memory(elements * dtype_size(dtype));
+    fill(data, dtype, elements, in, next_seed(), pool_);
     return data;
   }
+  std::byte* memory(int64_t size) {
+    model_.memory.emplace_back(size);
+    return model_.memory.back().data();
+  }
+  uint64_t next_seed() { return hash(options_.seed, tensors_++); }
 
   Model& model_;
   const RandomOptions& options_;
@@ -185,15 +228,20 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
   model.config = c;
   model.plan = plan;
   Filler filler(model, options, pool);
-  model.outer.embed = filler.weight(c.dim, c.vocab, Layout::rows);
-  model.outer.head = c.tied ? model.outer.embed : filler.weight(c.dim, c.vocab, Layout::rows);
+  const DType adapters = options.adapters.value_or(companion(options.weights));
+  const DType head = options.head.value_or(companion(options.weights));
+  const bool by_channels = quantised(head);
+  model.outer.embed = filler.weight(c.dim, c.vocab, head, Layout::rows);
+  model.outer.head = c.tied && !by_channels
+                         ? model.outer.embed
+                         : filler.weight(c.dim, c.vocab, head, by_channels ? Layout::channels : Layout::rows);
   model.outer.norm_out = filler.ones(c.dim);
   for (const LayerPlan& layer_plan : plan.layers) {
     Layer layer;
     layer.plan = layer_plan;
     LayerWeights& w = layer.weights;
     for (Projection p : kProjections) {
-      w[p] = filler.weight(projection_in(c, p), projection_out(c, p), Layout::channels);
+      w[p] = filler.weight(projection_in(c, p), projection_out(c, p), options.weights, Layout::channels);
       if (c.bias_qkv && site_of(p) == Site::h1) w[p].bias = filler.vector(w[p].out);
       if (c.bias_o && p == Projection::wo) w[p].bias = filler.vector(w[p].out);
     }
@@ -209,7 +257,7 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
       if (group.rule.scaled) data.scale = filler.scale(projection_in(c, group.projections[0]));
       layer.groups.push_back(data);
     }
-    if (layer_plan.adapter) layer.adapter = filler.weight(c.dim, c.dim, Layout::channels);
+    if (layer_plan.adapter) layer.adapter = filler.weight(c.dim, c.dim, adapters, Layout::channels);
     model.layers.push_back(std::move(layer));
   }
   return model;
@@ -218,17 +266,18 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
 void write_random_checkpoint(const std::string& config_file, const std::string& path,
                              const RandomOptions& options, int64_t shard_bytes, ThreadPool& pool,
                              const std::function<void(int64_t, int64_t)>& progress) {
+  CHECK(!quantised(options.weights));
   nlohmann::json json = read_json(config_file);
   const ModelConfig config = parse_config(json, config_file);
   if (config.vocab < 256)
     fail(config_file, ": vocab_size is ", config.vocab, ", expected at least 256 bytes");
   const std::string dir = vacant_path(path), partial = dir + ".partial";
-  json["torch_dtype"] = options.dtype == DType::bf16  ? "bfloat16"
-                        : options.dtype == DType::f16 ? "float16"
-                                                      : "float32";
+  json["torch_dtype"] = options.weights == DType::bf16  ? "bfloat16"
+                        : options.weights == DType::f16 ? "float16"
+                                                        : "float32";
   std::vector<std::vector<SafetensorsWriter::Entry>> shards(1);
   int64_t total = 0, in_shard = 0, done = 0;
-  for (SafetensorsWriter::Entry& entry : checkpoint_tensors(config, options.dtype)) {
+  for (SafetensorsWriter::Entry& entry : checkpoint_tensors(config, options.weights)) {
     const int64_t bytes = elements(entry) * dtype_size(entry.dtype);
     if (!shards.back().empty() && in_shard + bytes > shard_bytes) {
       shards.emplace_back();
