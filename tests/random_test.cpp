@@ -33,7 +33,8 @@ TEST(RandomModel, FiniteEqualAndSparse) {
         const TokenBytes bytes = token_bytes(model);
         EXPECT_NEAR(static_cast<double>(bytes.projections) / static_cast<double>(bytes.projections_dense),
                     0.5, 0.02);
-        EXPECT_EQ(bytes.adapters, 39 * config.dim * line_bytes(companion(dtype), config.dim));
+        EXPECT_EQ(bytes.adapters, 39 * (config.dim * line_bytes(companion(dtype), config.dim) +
+                                        (quantised(dtype) ? kAdapterTop * config.dim * 4 : 0)));
       }
       EXPECT_EQ(found[0], found[1]);
       double squares = 0;

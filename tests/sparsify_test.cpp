@@ -201,7 +201,7 @@ TEST_F(Sparsify, TypesOfEachClass) {
   EXPECT_EQ(model.outer.head.layout, Layout::rows);
   EXPECT_EQ(model.outer.embed.dtype, DType::int4);
   const TokenBytes bytes = token_bytes(model);
-  EXPECT_EQ(bytes.adapters, 7 * 256 * line_bytes(DType::int4, 256));
+  EXPECT_EQ(bytes.adapters, 7 * (256 * line_bytes(DType::int4, 256) + kAdapterTop * 256 * 4));
   all_logits(model, *backend_, some_tokens(model.config.vocab, 4), 1);
   options.types.weights = DType::int4;
   options.output = "";
@@ -216,6 +216,30 @@ TEST_F(Sparsify, TypesOfEachClass) {
     }
   }
   EXPECT_EQ(cost.projections, expected);
+}
+
+TEST_F(Sparsify, RoundingByMomentsIsNearer) {
+  TemporaryDir dir;
+  SparsifyOptions options = quantised_to(DType::int4, 0);
+  options.method = "dense";
+  make(demo_model(), dir / "nearest", options);
+  options.gptq = true;
+  make(demo_model(), dir / "whole", options);
+  const auto tokens = some_tokens(load_config(demo_model()).vocab, 8 * kWindow, 7);  // the calibration's own
+  const std::vector<int32_t> window(tokens.begin(), tokens.begin() + kWindow);
+  const auto expected = all_logits(load_model(demo_model()), *backend_, window, window.size());
+  const auto distance = [&](const std::string& name) {
+    const Model model = load_model(dir / name);
+    EXPECT_FALSE(std::filesystem::exists(dir / (name + "/folded.tmp")));
+    return relative_rms(all_logits(model, *backend_, window, window.size()), expected);
+  };
+  EXPECT_LT(distance("whole"), distance("nearest"));
+  options.method = "larosa";
+  options.choice.sparsity = 0.5;
+  make(demo_model(), dir / "sparse", options);
+  const Model sparse = load_model(dir / "sparse");
+  EXPECT_EQ(sparse.plan.notes.at("rounding"), "gptq");
+  EXPECT_EQ(all_logits(sparse, *backend_, window, 1).size(), window.size() * 4096);
 }
 
 TEST_F(Sparsify, DamagedLinesAreRefused) {

@@ -18,7 +18,7 @@ namespace {
 struct Flags {
   std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", rotate_h2 = "on",
                              score = "norm", select = "normalised", site_scale = "1,1,1,1",
-                             weights = "source", adapter_weights, head_weights, embed_weights;
+                             weights = "source", adapter_weights, head_weights, embed_weights, rounding;
   double sparsity = 0.5;
   int64_t calib_tokens = 0;
   bool check_tensors = false;
@@ -54,31 +54,15 @@ std::vector<int32_t> calibration_tokens(const Flags& f, int64_t& window) {
   window = std::min<int64_t>(config.context, 2048);
   const int64_t wanted = f.calib_tokens > 0 ? f.calib_tokens : 16 * window;
   window = std::min(window, wanted);
-  if (f.calib.empty()) fail("--calib: method ", f.method, " needs a calibration text");
+  if (f.calib.empty()) fail("--calib: method ", f.method, " with this --rounding needs a calibration text");
   const std::string text = read_file(f.calib);
   if (text.empty()) fail(f.calib, ": is empty");
   const std::vector<TokenId> ids = Tokenizer::load(f.model).encode(text, false);
   return calibration_windows(ids, window, (wanted + window - 1) / window, f.calib);
 }
 
-/// A flag that the method would not look at is a misunderstanding.
-void refuse_unused(const Flags& f, const CLI::App& app, const Choice& choice, const Plan& plan) {
-  const Method& method = find_method(f.method);
-  const auto refuse = [&](const char* option) {
-    if (app.get_option(option)->count() > 0) fail(option, ": method ", f.method, " does not use it");
-  };
-  if (!method.wants(choice).any()) {
-    for (const char* option : {"--pool", "--rotate-h2", "--select", "--calib-tokens", "--preset"})
-      refuse(option);
-    if (app.get_option("--calib")->count() > 0)
-      std::fprintf(stderr, "sparsify: method %s needs no calibration, --calib is not read\n",
-                   f.method.c_str());
-  }
-  if (!plan.layers[0].adapter && app.get_option("--adapter-weights")->count() > 0)
-    fail("--adapter-weights: method ", f.method, " in this form has no adapters");
-  if (!thins(plan.layers[0])) {
-    for (const char* option : {"--sparsity", "--score", "--site-scale"}) refuse(option);
-  }
+bool quantises(const StoredTypes& types) {
+  return types.weights && quantised(*types.weights);
 }
 
 std::optional<DType> stored_type(const std::string& flag) {
@@ -91,13 +75,35 @@ StoredTypes stored_types(const Flags& f) {
   types.weights = stored_type(f.weights);
   const auto chosen = [&](const std::string& flag) {
     if (!flag.empty()) return stored_type(flag);
-    return types.weights && quantised(*types.weights) ? std::optional(companion(*types.weights))
-                                                      : std::nullopt;
+    return quantises(types) ? std::optional(companion(*types.weights)) : std::nullopt;
   };
   types.adapters = chosen(f.adapter_weights);
   types.head = chosen(f.head_weights);
   types.embed = chosen(f.embed_weights);
   return types;
+}
+
+/// A flag that the method would not look at is a misunderstanding.
+void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& options, const Plan& plan) {
+  const Choice& choice = options.choice;
+  const Method& method = find_method(f.method);
+  const auto refuse = [&](const char* option) {
+    if (app.get_option(option)->count() > 0) fail(option, ": method ", f.method, " does not use it");
+  };
+  if (!method.wants(choice).any()) {
+    for (const char* option : {"--pool", "--rotate-h2", "--select", "--preset"}) refuse(option);
+    if (!options.gptq) refuse("--calib-tokens");
+    if (!options.gptq && app.get_option("--calib")->count() > 0)
+      std::fprintf(stderr, "sparsify: method %s needs no calibration, --calib is not read\n",
+                   f.method.c_str());
+  }
+  if (!quantises(options.types) && app.get_option("--rounding")->count() > 0)
+    fail("--rounding: --weights ", f.weights, " are not quantised");
+  if (!plan.layers[0].adapter && app.get_option("--adapter-weights")->count() > 0)
+    fail("--adapter-weights: method ", f.method, " in this form has no adapters");
+  if (!thins(plan.layers[0])) {
+    for (const char* option : {"--sparsity", "--score", "--site-scale"}) refuse(option);
+  }
 }
 
 int run(Flags& f, const CLI::App& app) {
@@ -118,12 +124,14 @@ int run(Flags& f, const CLI::App& app) {
   if (choice.after_gain && choice.form == Form::folded)
     fail("--select gained: only --form simulate can thin after the RMSNorm gain");
   options.types = stored_types(f);
+  options.gptq = quantises(options.types) &&
+                 (f.rounding.empty() ? options.types.weights == DType::int4 : f.rounding == "gptq");
   options.check_tensors = f.check_tensors;
   options.progress = !f.machine.no_progress;
-  refuse_unused(f, app, choice, plan_model(find_method(f.method), load_config(f.model), choice));
+  refuse_unused(f, app, options, plan_model(find_method(f.method), load_config(f.model), choice));
   int64_t window = 1;
   std::vector<int32_t> tokens;
-  if (find_method(f.method).wants(choice).any()) tokens = calibration_tokens(f, window);
+  if (find_method(f.method).wants(choice).any() || options.gptq) tokens = calibration_tokens(f, window);
   options.calibration_name = std::filesystem::path(f.calib).filename().string();
   Machine machine = make_machine(f.machine);
   catch_interrupts();
@@ -182,6 +190,10 @@ std::function<int()> setup_sparsify(CLI::App& app) {
       ->check(types);
   app.add_option("--embed-weights", f->embed_weights, "Type of the embedding (default: as the adapters')")
       ->check(types);
+  app.add_option("--rounding", f->rounding,
+                 "How weights are quantised: nearest, or gptq, by what they are multiplied with in the "
+                 "calibration text (default: gptq for int4)")
+      ->check(CLI::IsMember({"nearest", "gptq"}));
   app.add_flag("--check-tensors", f->check_tensors, "Refuse tensors with NaN or infinity");
   f->machine.declare(app);
   return [f, &app] { return run(*f, app); };

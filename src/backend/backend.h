@@ -87,7 +87,7 @@ class Backend {
   virtual void matmul(Mat x, std::span<const Product> products) = 0;
 
   /// y = x R, a change of basis of the stream or of an activation, in float32 whatever Products says.
-  /// x, y (T, D), no alias; R (D, D) channels (rows: R transposed)
+  /// x (T, D), y (T, N), no alias; R (D, N) channels (rows: R transposed); N = D but for parts of a basis
   virtual void rotate(Mat x, const Weight& basis, Mat y) = 0;
 
   /// Keeps, in every row, the `keep` entries of largest |x[t,i]|·scale[i]; among equals the lower index.

@@ -8,6 +8,7 @@
 #include "base/progress.h"
 #include "base/quant.h"
 #include "base/thread_pool.h"
+#include "model/model.h"
 
 namespace larosa {
 namespace {
@@ -116,8 +117,14 @@ class LayerFolder {
     if (w.norm_q) vector("norm_q", w.norm_q, job_.config.head_dim);
     if (w.norm_k) vector("norm_k", w.norm_k, job_.config.head_dim);
     if (job_.plan.adapter) {
-      const Matrix adapter = multiply_transposed(job_.bases.stream, job_.next->stream, pool_);
-      matrix("adapter", adapter, job_.types.adapters.value_or(job_.weights[Projection::wo].dtype));
+      Matrix adapter = multiply_transposed(job_.bases.stream, job_.next->stream, pool_);
+      const DType dtype = job_.types.adapters.value_or(job_.weights[Projection::wo].dtype);
+      if (quantised(dtype)) {
+        Matrix top(std::min(kAdapterTop, adapter.rows), adapter.cols);
+        std::swap_ranges(top.data.begin(), top.data.end(), adapter.data.begin());
+        matrix("adapter.top", top, DType::f32);
+      }
+      matrix("adapter", adapter, dtype);
     }
   }
 

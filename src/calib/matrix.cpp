@@ -56,6 +56,22 @@ void add_second_moment(const Matrix& x, Matrix& h, ThreadPool& pool) {
   });
 }
 
+void add_second_moment(const Mat& x, Matrix& h, ThreadPool& pool) {
+  const int64_t d = x.cols;
+  openblas_set_num_threads(1);
+  pool.each((d + kTile - 1) / kTile, [&](int64_t tile) {
+    const int64_t first = tile * kTile, count = std::min(kTile, d - first), width = d - first;
+    std::vector<float> sum(static_cast<size_t>(count * width));
+    cblas_sgemm(CblasRowMajor, CblasTrans, CblasNoTrans, blas_int(count), blas_int(width), blas_int(x.rows),
+                1.0f, x.data + first, blas_int(x.stride), x.data + first, blas_int(x.stride), 0.0f,
+                sum.data(), blas_int(width));
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = i; j < width; ++j)
+        h.row(first + i)[first + j] += static_cast<double>(sum[static_cast<size_t>(i * width + j)]);
+    }
+  });
+}
+
 Matrix eigenbasis(const Matrix& h, double damping) {
   const int64_t d = h.rows;
   double mean = 0;

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "base/types.h"
+
 namespace larosa {
 
 class ThreadPool;
@@ -31,6 +33,9 @@ Matrix multiply(const Matrix& a, const Matrix& b, ThreadPool& pool);
 Matrix multiply_transposed(const Matrix& a, const Matrix& b, ThreadPool& pool);
 /// H += Xᵀ X, upper triangle only.     X (T, D), H (D, D)
 void add_second_moment(const Matrix& x, Matrix& h, ThreadPool& pool);
+
+/// The same of float32 rows: products of one call are summed in float32, calls in float64.    x (T, D)
+void add_second_moment(const Mat& x, Matrix& h, ThreadPool& pool);
 
 /// Eigenvectors, as columns by descending eigenvalue, of the symmetric matrix whose upper triangle is `h`,
 /// after adding `damping` times the mean of its diagonal to the diagonal (LaRoSA, arXiv 2507.01299 §4.2 and

@@ -8,11 +8,13 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "base/error.h"
 #include "base/progress.h"
 #include "base/thread_pool.h"
 #include "calib/fold.h"
+#include "calib/gptq.h"
 #include "calib/statistics.h"
 #include "io/files.h"
 
@@ -22,6 +24,8 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr const char* kJobFile = "job.json";
+constexpr const char* kFoldedFile = "folded.tmp";  // the layer that is being rounded, in float32
+constexpr double kRoundingDamping = 0.01;          // of the mean moment, as GPTQ's
 // What people keep beside the weights; everything else of the source is not ours to copy.
 constexpr const char* kCopied[] = {"tokenizer.json",    "tokenizer.model",        "vocab.json",
                                    "merges.txt",        "tokenizer_config.json",  "special_tokens_map.json",
@@ -74,6 +78,7 @@ class Job {
         checkpoint_(Checkpoint::open(options.source)),
         method_(find_method(options.method)),
         wants_(method_.wants(options.choice)),
+        gptq_(options.gptq && options.types.weights && quantised(*options.types.weights)),
         output_(vacant_path(options.output)),
         partial_(output_ + ".partial") {}
 
@@ -92,14 +97,23 @@ class Job {
 
  private:
   void work() {
-    const int64_t windows = wants_.any() ? static_cast<int64_t>(tokens_.size()) / window_ : 0;
-    // An eigenbasis and a folded layer each cost about as much as a few windows.
-    progress_.emplace("sparsify", config_.layers * (windows + kFoldUnits) + kFoldUnits, options_.progress);
+    // An eigenbasis and a folded layer each cost about as much as a few windows; rounding by moments walks
+    // the windows twice more.
+    const int64_t walks = (wants_.any() ? 1 : 0) + (gptq_ ? 2 : 0);
+    progress_.emplace("sparsify", config_.layers * (walks * windows() + kFoldUnits) + kFoldUnits,
+                      options_.progress);
     if (wants_.any()) calibrate();
-    for (int64_t l = 0; l < config_.layers; ++l) write_layer(l);
     write_outer();
+    if (gptq_) {
+      round_layers();
+    } else {
+      for (int64_t l = 0; l < config_.layers; ++l) write_layer(l);
+    }
     complete();
   }
+
+  bool needs_tokens() const { return wants_.any() || gptq_; }
+  int64_t windows() const { return needs_tokens() ? static_cast<int64_t>(tokens_.size()) / window_ : 0; }
 
   /// After a failure: removes the partial directory unless something in it is worth a resume. True if it
   /// stays.
@@ -126,7 +140,7 @@ class Job {
     if (is_larosa_dir(options_.source))
       fail(options_.source, ": config.json: field larosa: is the output of sparsify, not a source");
     if (options_.check_tensors) checkpoint_.check_finite();
-    if (wants_.any() && static_cast<int64_t>(tokens_.size()) < window_)
+    if (needs_tokens() && static_cast<int64_t>(tokens_.size()) < window_)
       fail("calibration: ", tokens_.size(), " tokens, at least ", window_, " are needed");
     for (int32_t id : tokens_) {
       if (id < 0 || id >= config_.vocab)
@@ -164,6 +178,9 @@ class Job {
       plan_.notes["pool"] = choice.pool ? "on" : "off";
       plan_.notes["rotate_h2"] = choice.rotate_h2 ? "on" : "off";
       plan_.notes["gain"] = choice.after_gain ? "before selection" : "after selection";
+    }
+    if (types.weights && quantised(*types.weights)) plan_.notes["rounding"] = gptq_ ? "gptq" : "nearest";
+    if (needs_tokens()) {
       plan_.notes["calibration"] = options_.calibration_name;
       plan_.notes["calibration_tokens"] = std::to_string(tokens_.size());
       plan_.notes["calibration_window"] = std::to_string(window_);
@@ -195,15 +212,17 @@ class Job {
   void calibrate() {
     int64_t finished = 0;
     while (finished < config_.layers && fs::exists(basis_file(finished))) ++finished;
-    const int64_t windows = static_cast<int64_t>(tokens_.size()) / window_;
-    if (finished == config_.layers) return tick(config_.layers * windows, "calibration found");
-    Calibration calibration(checkpoint_, config_, backend_, pool_, tokens_, window_);
+    if (finished == config_.layers) return tick(config_.layers * windows(), "calibration found");
+    Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, pool_, tokens_, window_);
     for (int64_t l = 0; l < config_.layers; ++l) {
       // Layers whose basis is stored only carry the text on to the next one.
       const Wants wants = l < finished ? Wants{} : wants_;
       const std::string note =
           "calibrating layer " + std::to_string(l + 1) + "/" + std::to_string(config_.layers);
-      const Moments moments = calibration.layer(l, wants, options_.choice, [&] { tick(1, note); });
+      Layer layer;
+      layer.weights = load_layer(checkpoint_, config_, l);
+      layer.groups.resize(layer.plan.groups.size());
+      const Moments moments = calibration.moments(layer, l, wants, options_.choice, [&] { tick(1, note); });
       release_layer(l);
       if (l >= finished) write_bases(l, method_.bases(moments, options_.choice));
     }
@@ -239,10 +258,12 @@ class Job {
     return {{"format", "larosa"}, {"larosa.fingerprint", plan_.fingerprint}};
   }
 
-  void write_layer(int64_t l) {
-    const fs::path path = fs::path(partial_) / shard_name(l + 1);
-    const std::string note = "folding layer " + std::to_string(l + 1) + "/" + std::to_string(config_.layers);
-    if (fs::exists(path)) return tick(kFoldUnits, note);
+  std::string layer_note(const char* doing, int64_t l) const {
+    return doing + (" layer " + std::to_string(l + 1)) + "/" + std::to_string(config_.layers);
+  }
+
+  /// Writes layer l, folded, with its projections in `types.weights`.
+  void fold_to(const fs::path& path, int64_t l, const StoredTypes& types) {
     const LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
     const LayerWeights weights = load_layer(checkpoint_, config_, l);
     const Bases bases = read_bases(l);
@@ -255,7 +276,7 @@ class Job {
                       plan,
                       options_.choice.form,
                       options_.choice.after_gain,
-                      options_.types};
+                      types};
     std::vector<FoldedTensor> tensors;
     fold_layer(job, l, pool_, [&](FoldedTensor&& tensor) {
       throw_if_interrupted();
@@ -263,7 +284,69 @@ class Job {
     });
     release_layer(l);
     write_tensors(path, tensors, shard_metadata());
-    tick(kFoldUnits, note);
+  }
+
+  void write_layer(int64_t l) {
+    const fs::path path = fs::path(partial_) / shard_name(l + 1);
+    if (!fs::exists(path)) fold_to(path, l, options_.types);
+    tick(kFoldUnits, layer_note("folding", l));
+  }
+
+  /// Layers one after another: the text, as the finished layers before pass it on, goes through the folded
+  /// layer, which is then rounded for what its projections have read.
+  void round_layers() {
+    const Checkpoint outer_file = Checkpoint::open_file((fs::path(partial_) / shard_name(0)).string());
+    const OuterWeights outer = load_stored_outer(outer_file, config_);
+    Calibration calibration(outer, config_, backend_, pool_, tokens_, window_);
+    for (int64_t l = 0; l < config_.layers; ++l) {
+      const fs::path path = fs::path(partial_) / shard_name(l + 1);
+      const LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
+      if (fs::exists(path)) {
+        tick(windows(), layer_note("rounding", l));
+      } else {
+        round_layer(calibration, path, l);
+      }
+      tick(kFoldUnits, layer_note("rounding", l));
+      if (l + 1 == config_.layers) return tick(windows(), layer_note("rounding", l));
+      const Checkpoint file = Checkpoint::open_file(path.string());
+      const Layer layer = load_stored_layer(file, config_, plan, l);
+      calibration.walk(layer, l, Pass{}, [&] { tick(1, layer_note("passing", l)); });
+    }
+  }
+
+  void round_layer(Calibration& calibration, const fs::path& path, int64_t l) {
+    const fs::path folded = fs::path(partial_) / kFoldedFile;
+    StoredTypes types = options_.types;
+    types.weights = DType::f32;
+    fold_to(folded, l, types);
+    std::vector<FoldedTensor> tensors;
+    {
+      const Checkpoint file = Checkpoint::open_file(folded.string());
+      const Layer layer = load_stored_layer(file, config_, plan_.layers[static_cast<size_t>(l)], l);
+      auto moments = calibration.read_moments(layer, l, [&] { tick(1, layer_note("rounding", l)); });
+      for (size_t g = 0; g < moments.size(); ++g) {
+        const RoundingFactor factor = rounding_factor(std::move(moments[g]), kRoundingDamping);
+        for (const Projection p : layer.plan.groups[g].projections) {
+          const std::string name = "layers." + std::to_string(l) + "." + projection_name(p);
+          tensors.push_back(round_by_moments(name, layer.weights[p], *options_.types.weights, factor, pool_));
+        }
+      }
+      copy_others(file, tensors);
+    }
+    write_tensors(path, tensors, shard_metadata());
+    fs::remove(folded);
+  }
+
+  /// Tensors of the folded layer that were not rounded, as they are.
+  static void copy_others(const Checkpoint& file, std::vector<FoldedTensor>& tensors) {
+    std::set<std::string> there;
+    for (const FoldedTensor& t : tensors) there.insert(t.name);
+    for (const std::string& name : file.names()) {
+      if (there.contains(name)) continue;
+      const auto bytes = file.find_bytes(name);
+      const Tensor t = bytes ? *bytes : *file.find(name);
+      tensors.push_back({name, t.dtype, t.shape, std::vector<std::byte>(t.data, t.data + t.bytes)});
+    }
   }
 
   /// Gives a layer's pages back, so that the resident size stays that of one layer.
@@ -363,6 +446,7 @@ class Job {
     }
     for (int64_t l = 0; l < config_.layers; ++l) fs::remove(basis_file(l));
     fs::remove(fs::path(partial_) / kJobFile);
+    fs::remove(fs::path(partial_) / kFoldedFile);
     vacant_path(output_);
     fs::rename(partial_, output_);
   }
@@ -376,6 +460,7 @@ class Job {
   Checkpoint checkpoint_;
   const Method& method_;
   Wants wants_;
+  bool gptq_;
   std::string output_, partial_;
   std::optional<DirectoryLock> lock_;  // of the partial directory
   bool owned_ = false;                 // it is locked and holds this job

@@ -18,15 +18,16 @@ struct SparsifyOptions {
   std::string method = "larosa";
   Choice choice;
   StoredTypes types;
+  bool gptq = false;             // quantised projections are rounded by GPTQ (needs tokens), else to nearest
   std::string calibration_name;  // for the plan's notes
   bool check_tensors = false;    // refuse NaN and infinities
   bool progress = true;
 };
 
-/// `tokens`: the calibration text's ids (empty for methods that need none), cut into windows of `window` ids.
-/// Throws Error for an output that exists, a source that is refused, a partial directory made with other
-/// options, text shorter than one window, a full disk; Interrupted when asked to stop (work done so far is
-/// kept for a resume).
+/// `tokens`: the calibration text's ids (empty for methods and roundings that need none), cut into windows of
+/// `window` ids. Throws Error for an output that exists, a source that is refused, a partial directory made
+/// with other options, text shorter than one window, a full disk; Interrupted when asked to stop (work done
+/// so far is kept for a resume).
 void sparsify(const SparsifyOptions& options, std::span<const int32_t> tokens, int64_t window,
               Backend& backend, ThreadPool& pool);
 

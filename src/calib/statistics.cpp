@@ -48,19 +48,29 @@ class MomentObserver : public Observer {
   std::vector<float> buffer_;
 };
 
+/// Adds what the groups read to their moments.
+class ReadObserver : public Observer {
+ public:
+  ReadObserver(std::vector<Matrix>& moments, ThreadPool& pool) : moments_(moments), pool_(pool) {}
+  void see(Site, Mat, Mat) override {}
+  void read(size_t group, Mat entries) override { add_second_moment(entries, moments_[group], pool_); }
+
+ private:
+  std::vector<Matrix>& moments_;
+  ThreadPool& pool_;
+};
+
 }  // namespace
 
-Calibration::Calibration(const Checkpoint& checkpoint, const ModelConfig& config, Backend& backend,
+Calibration::Calibration(const OuterWeights& outer, const ModelConfig& config, Backend& backend,
                          ThreadPool& pool, std::span<const int32_t> tokens, int64_t window)
-    : checkpoint_(checkpoint),
-      config_(config),
+    : config_(config),
       backend_(backend),
       pool_(pool),
       decoder_(config, backend, std::min(window, Decoder::kBatch)),
       window_(window),
       windows_(static_cast<int64_t>(tokens.size()) / window),
       stream_(tokens.size() * static_cast<size_t>(config.dim)) {
-  const OuterWeights outer = load_outer(checkpoint, config);
   const Mat x(stream_.data(), static_cast<int64_t>(tokens.size()), config.dim);
   for (int64_t first = 0; first < x.rows; first += decoder_.max_rows()) {
     const int64_t count = std::min(decoder_.max_rows(), x.rows - first);
@@ -69,25 +79,46 @@ Calibration::Calibration(const Checkpoint& checkpoint, const ModelConfig& config
   }
 }
 
-Moments Calibration::layer(int64_t l, const Wants& wants, const Choice& choice,
-                           const std::function<void()>& tick) {
+void Calibration::walk_window(const Layer& layer, int64_t l, const Pass& pass, Mat rows) {
+  const auto cache = backend_.make_kv_cache({1, config_.kv_heads, config_.head_dim, window_, DType::f32});
+  for (int64_t first = 0; first < window_; first += decoder_.max_rows()) {
+    const int64_t count = std::min(decoder_.max_rows(), window_ - first);
+    decoder_.layer(layer, l, *cache, 0, first, rows.slice(first, count), pass);
+  }
+}
+
+void Calibration::walk(const Layer& layer, int64_t l, const Pass& pass, const std::function<void()>& tick) {
+  const Mat stream(stream_.data(), windows_ * window_, config_.dim);
+  for (int64_t w = 0; w < windows_; ++w) {
+    walk_window(layer, l, pass, stream.slice(w * window_, window_));
+    tick();
+  }
+}
+
+Moments Calibration::moments(const Layer& layer, int64_t l, const Wants& wants, const Choice& choice,
+                             const std::function<void()>& tick) {
   Moments moments;
   if (wants.stream) moments.h1 = Matrix(config_.dim, config_.dim);
   if (wants.stream && choice.pool) moments.h3 = Matrix(config_.dim, config_.dim);
   if (wants.heads)
     moments.heads.assign(static_cast<size_t>(config_.kv_heads), Matrix(config_.head_dim, config_.head_dim));
   MomentObserver observer(config_, backend_, pool_, wants, choice, moments);
-  Layer layer;
-  layer.weights = load_layer(checkpoint_, config_, l);
-  layer.groups.resize(layer.plan.groups.size());
-  const Pass pass{true, wants.any() ? &observer : nullptr};
+  walk(layer, l, Pass{true, wants.any() ? &observer : nullptr}, tick);
+  return moments;
+}
+
+std::vector<Matrix> Calibration::read_moments(const Layer& layer, int64_t l,
+                                              const std::function<void()>& tick) {
+  std::vector<Matrix> moments;
+  for (const Group& group : layer.plan.groups) {
+    const int64_t width = projection_in(config_, group.projections[0]);
+    moments.emplace_back(width, width);
+  }
+  ReadObserver observer(moments, pool_);
+  scratch_.resize(static_cast<size_t>(window_ * config_.dim));
   for (int64_t w = 0; w < windows_; ++w) {
-    const auto cache = backend_.make_kv_cache({1, config_.kv_heads, config_.head_dim, window_, DType::f32});
-    const Mat rows = Mat(stream_.data(), windows_ * window_, config_.dim).slice(w * window_, window_);
-    for (int64_t first = 0; first < window_; first += decoder_.max_rows()) {
-      const int64_t count = std::min(decoder_.max_rows(), window_ - first);
-      decoder_.layer(layer, l, *cache, 0, first, rows.slice(first, count), pass);
-    }
+    std::copy_n(stream_.data() + w * window_ * config_.dim, window_ * config_.dim, scratch_.data());
+    walk_window(layer, l, Pass{false, &observer}, Mat(scratch_.data(), window_, config_.dim));
     tick();
   }
   return moments;

@@ -18,23 +18,32 @@ namespace larosa {
 class Calibration {
  public:
   /// tokens: windows of `window` ids each, one after another (windows · window ids in all).
-  Calibration(const Checkpoint& checkpoint, const ModelConfig& config, Backend& backend, ThreadPool& pool,
+  Calibration(const OuterWeights& outer, const ModelConfig& config, Backend& backend, ThreadPool& pool,
               std::span<const int32_t> tokens, int64_t window);
 
-  /// Takes all windows through layer l (to be called for l = 0, 1, …) and returns the moments that are
-  /// wanted. tick() is called after every window.
-  Moments layer(int64_t l, const Wants& wants, const Choice& choice, const std::function<void()>& tick);
+  /// Takes all windows through layer number l as its plan says (to be called for l = 0, 1, …). tick() is
+  /// called after every window.
+  void walk(const Layer& layer, int64_t l, const Pass& pass, const std::function<void()>& tick);
+
+  /// The same dense, and returns the moments that are wanted.
+  Moments moments(const Layer& layer, int64_t l, const Wants& wants, const Choice& choice,
+                  const std::function<void()>& tick);
+
+  /// Second moments of what each group of the layer's plan reads, thinned, without moving on.
+  std::vector<Matrix> read_moments(const Layer& layer, int64_t l, const std::function<void()>& tick);
 
   int64_t windows() const { return windows_; }
 
  private:
-  const Checkpoint& checkpoint_;
+  void walk_window(const Layer& layer, int64_t l, const Pass& pass, Mat rows);
+
   const ModelConfig& config_;
   Backend& backend_;
   ThreadPool& pool_;
   Decoder decoder_;
   int64_t window_, windows_;
-  std::vector<float> stream_;  // (windows · window, dim)
+  std::vector<float> stream_;   // (windows · window, dim)
+  std::vector<float> scratch_;  // (window, dim)
 };
 
 }  // namespace larosa

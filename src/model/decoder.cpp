@@ -44,6 +44,9 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
     const bool normalised = site == Site::h1 || site == Site::h3;
     step.pass.observer->see(site, entries, normalised ? step.stream : Mat());
   }
+  const auto observe = [&](size_t group, Mat read) {
+    if (step.pass.observer) step.pass.observer->read(group, read);
+  };
   const Layer& layer = step.layer;
   for (size_t g = 0; g < layer.plan.groups.size(); ++g) {
     const Group& group = layer.plan.groups[g];
@@ -57,6 +60,7 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
     const std::span<const Product> products(storage.data(), n);
     const Rule& rule = group.rule;
     if (step.pass.dense || rule.select == Select::all) {
+      observe(g, entries);
       backend_.matmul(entries, products);
       continue;
     }
@@ -72,6 +76,10 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
       backend_.threshold(vector, layer.groups[g].scale, rule.cut, *kept_);
     }
     if (!rule.rotated) {
+      if (step.pass.observer) {
+        backend_.expand(*kept_, turned);
+        observe(g, turned);
+      }
       backend_.sparse_matmul(*kept_, products);
       continue;
     }
@@ -80,6 +88,7 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
     transposed.layout = Layout::rows;
     backend_.expand(*kept_, turned);
     backend_.rotate(turned, transposed, back);
+    observe(g, back);
     backend_.matmul(back, products);
   }
 }
@@ -113,6 +122,12 @@ void Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t c
 
   if (layer.adapter) {
     backend_.rotate(x, layer.adapter, h);
+    if (layer.adapter_top) {
+      const Mat top(x.data, rows, layer.adapter_top.in, x.stride), sum(turned_.data, rows, x.cols);
+      backend_.rotate(top, layer.adapter_top, sum);
+      for (int64_t t = 0; t < rows; ++t)
+        for (int64_t i = 0; i < x.cols; ++i) h.row(t)[i] += sum.row(t)[i];
+    }
     for (int64_t t = 0; t < rows; ++t) std::copy_n(h.row(t), x.cols, x.row(t));
   }
 }

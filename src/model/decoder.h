@@ -12,13 +12,18 @@
 
 namespace larosa {
 
-/// Sees the activations that pass a site, before they are thinned (calibration).
+/// Sees the activations that pass a site, before they are thinned and after (calibration).
 class Observer {
  public:
   virtual ~Observer() = default;
   /// entries (T, D): the vector that the site's projections read. stream (T, dim): the residual stream it was
   /// normalised from, for h1 and h3; empty for h2 and h4.
   virtual void see(Site site, Mat entries, Mat stream) = 0;
+  /// entries (T, D): the same as the layer's group `group` reads it, with zeros where it was thinned.
+  virtual void read(size_t group, Mat entries) {
+    (void)group;
+    (void)entries;
+  }
 };
 
 /// How rows are treated.

@@ -54,6 +54,28 @@ const float* optional_vector(const Checkpoint& checkpoint, const std::string& na
   return checkpoint.find(name) ? stored_vector(checkpoint, name, n, owned) : nullptr;
 }
 
+void load_stored(Model& model, const std::string& dir) {
+  const Checkpoint& checkpoint = *model.checkpoint;
+  const ModelConfig& config = model.config;
+  const auto& metadata = checkpoint.metadata();
+  const auto plan = metadata.find("larosa.plan");
+  if (plan == metadata.end()) fail(dir, ": no tensor file carries a plan (metadata larosa.plan)");
+  model.plan = plan_from_json(plan->second, dir);
+  validate(model.plan, plan_shape(config), dir);
+  const auto source = metadata.find("larosa.fingerprint");
+  if (source == metadata.end() || source->second != model.plan.fingerprint) {
+    fail(dir, ": the plan was made for another model (fingerprint ", model.plan.fingerprint,
+         ", the tensors say ", source == metadata.end() ? "nothing" : source->second, ")");
+  }
+  model.outer = load_stored_outer(checkpoint, config);
+  for (int64_t l = 0; l < config.layers; ++l) {
+    model.layers.push_back(
+        load_stored_layer(checkpoint, config, model.plan.layers[static_cast<size_t>(l)], l));
+  }
+}
+
+}  // namespace
+
 Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config, const LayerPlan& plan,
                         int64_t l) {
   Layer layer;
@@ -75,6 +97,9 @@ Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config,
   if (plan.adapter)
     layer.adapter =
         stored_weight(checkpoint, layer_name(l, "adapter"), config.dim, config.dim, Layout::channels);
+  if (quantised(layer.adapter.dtype))
+    layer.adapter_top = plain_weight(checkpoint, layer_name(l, "adapter.top"),
+                                     std::min(kAdapterTop, config.dim), config.dim, Layout::channels);
   for (const Group& group : plan.groups) {
     GroupData data;
     const std::string name = layer_name(l, projection_name(group.projections[0]));
@@ -87,20 +112,8 @@ Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config,
   return layer;
 }
 
-void load_stored(Model& model, const std::string& dir) {
-  const Checkpoint& checkpoint = *model.checkpoint;
-  const ModelConfig& config = model.config;
-  const auto& metadata = checkpoint.metadata();
-  const auto plan = metadata.find("larosa.plan");
-  if (plan == metadata.end()) fail(dir, ": no tensor file carries a plan (metadata larosa.plan)");
-  model.plan = plan_from_json(plan->second, dir);
-  validate(model.plan, plan_shape(config), dir);
-  const auto source = metadata.find("larosa.fingerprint");
-  if (source == metadata.end() || source->second != model.plan.fingerprint) {
-    fail(dir, ": the plan was made for another model (fingerprint ", model.plan.fingerprint,
-         ", the tensors say ", source == metadata.end() ? "nothing" : source->second, ")");
-  }
-  OuterWeights& outer = model.outer;
+OuterWeights load_stored_outer(const Checkpoint& checkpoint, const ModelConfig& config) {
+  OuterWeights outer;
   outer.embed = stored_weight(checkpoint, "embed", config.dim, config.vocab, Layout::rows);
   outer.head = outer.embed;
   if (checkpoint.find_bytes("head")) {  // products read quantised lines by channels only
@@ -109,13 +122,8 @@ void load_stored(Model& model, const std::string& dir) {
     outer.head = plain_weight(checkpoint, "head", config.dim, config.vocab, Layout::rows);
   }
   outer.norm_out = optional_vector(checkpoint, "norm_out", config.dim, outer.owned);
-  for (int64_t l = 0; l < config.layers; ++l) {
-    model.layers.push_back(
-        load_stored_layer(checkpoint, config, model.plan.layers[static_cast<size_t>(l)], l));
-  }
+  return outer;
 }
-
-}  // namespace
 
 bool is_larosa_dir(const std::string& dir) {
   std::ifstream file(std::filesystem::path(dir) / "config.json");
@@ -202,7 +210,7 @@ TokenBytes token_bytes(const Model& model, DType kv) {
       if (group.rule.scaled) bytes.thinning += layer.weights[group.projections[0]].in * 4;
       if (group.rule.rotated) bytes.thinning += 2 * layer.groups[g].basis.bytes();
     }
-    bytes.adapters += layer.adapter ? layer.adapter.bytes() : 0;
+    bytes.adapters += layer.adapter ? layer.adapter.bytes() + layer.adapter_top.bytes() : 0;
     bytes.outer += (layer.weights.norm_attn ? c.dim * 4 : 0) + (layer.weights.norm_mlp ? c.dim * 4 : 0) +
                    (layer.weights.norm_q ? 2 * c.head_dim * 4 : 0);
   }
@@ -221,7 +229,7 @@ int64_t model_bytes(const Model& model) {
                   (model.outer.head.data != model.outer.embed.data ? model.outer.head.bytes() : 0);
   for (const Layer& layer : model.layers) {
     for (const Weight& w : layer.weights.projection) total += w.bytes();
-    if (layer.adapter) total += layer.adapter.bytes();
+    if (layer.adapter) total += layer.adapter.bytes() + layer.adapter_top.bytes();
   }
   return total;
 }

@@ -258,6 +258,8 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
       layer.groups.push_back(data);
     }
     if (layer_plan.adapter) layer.adapter = filler.weight(c.dim, c.dim, adapters, Layout::channels);
+    if (quantised(layer.adapter.dtype))
+      layer.adapter_top = filler.weight(std::min(kAdapterTop, c.dim), c.dim, DType::f32, Layout::channels);
     model.layers.push_back(std::move(layer));
   }
   return model;
