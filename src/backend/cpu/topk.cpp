@@ -201,23 +201,21 @@ void take_lists(const float* x, const float* scale, int64_t n, Cut cut, ChannelL
   int64_t ties = cut.ties;
   int32_t* index[kChains] = {lists[0].index, lists[1].index};
   float* value[kChains] = {lists[0].value, lists[1].value};
-  for (int64_t first = 0; first < n; first += kChainBlock * kChains) {
-    for (int64_t chain = 0; chain < kChains; ++chain) {
-      int32_t* to = index[chain];
-      float* to_value = value[chain];
-      const int64_t block = first + chain * kChainBlock;
-      for (int64_t i = block; i < block + kChainBlock && i < n; i += lanes(), at = hn::Add(at, step)) {
-        const auto in = kept_lanes(key_of(x + i, scale ? scale + i : nullptr, n - i), n - i, cut.key, ties);
-        const Floats v = load_part(d, x + i, n - i);
-        hn::StoreU(hn::Compress(at, in), di, to);
-        hn::StoreU(hn::Compress(v, hn::RebindMask(d, in)), d, to_value);
-        const int64_t kept = static_cast<int64_t>(hn::CountTrue(di, in));
-        to += kept;
-        to_value += kept;
-      }
-      index[chain] = to;
-      value[chain] = to_value;
+  for (int64_t block = 0; block < n; block += kChainBlock) {
+    const int64_t chain = chain_of(block);
+    int32_t* to = index[chain];
+    float* to_value = value[chain];
+    for (int64_t i = block; i < block + kChainBlock && i < n; i += lanes(), at = hn::Add(at, step)) {
+      const auto in = kept_lanes(key_of(x + i, scale ? scale + i : nullptr, n - i), n - i, cut.key, ties);
+      const Floats v = load_part(d, x + i, n - i);
+      hn::StoreU(hn::Compress(at, in), di, to);
+      hn::StoreU(hn::Compress(v, hn::RebindMask(d, in)), d, to_value);
+      const int64_t kept = static_cast<int64_t>(hn::CountTrue(di, in));
+      to += kept;
+      to_value += kept;
     }
+    index[chain] = to;
+    value[chain] = to_value;
   }
   for (int64_t c = 0; c < kChains; ++c) lists[c].count = index[c] - lists[c].index;
 }
