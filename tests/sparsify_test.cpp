@@ -150,7 +150,9 @@ TEST_F(Sparsify, QuantisedTokenByTokenEqualsPrompt) {  // law 4
     const Model model = load_model(dir / "out");
     const auto tokens = some_tokens(model.config.vocab, 40);
     const auto prompt = all_logits(model, *backend_, tokens, tokens.size());
-    EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 1), prompt), 2e-5);
+    // One row multiplies by numbers of 15 bits of a block's largest (docs/numerics.md): some 4e-5 of a product's size, and
+    // 8 layers of 7 products. Several rows are float32 products either way.
+    EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 1), prompt), 1e-3);
     EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 7), prompt), 2e-5);
   }
 }
