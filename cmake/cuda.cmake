@@ -1,11 +1,12 @@
 # Enables CUDA, before any target is made, and lists its sources. LAROSA_CUDA is ON, OFF, or AUTO (on where nvcc is found).
+set(LAROSA_CUDA_ARCHITECTURES 80-real 89-real 90-real 90-virtual CACHE STRING "What the CUDA kernels are compiled for")
 set(larosa_cuda_version off)
 set(LAROSA_HAS_CUDA OFF)
 if(NOT LAROSA_CUDA STREQUAL OFF)
   include(CheckLanguage)
   check_language(CUDA)
   if(CMAKE_CUDA_COMPILER)
-    set(CMAKE_CUDA_ARCHITECTURES 80-real 89-real 90-real 90-virtual)
+    set(CMAKE_CUDA_ARCHITECTURES ${LAROSA_CUDA_ARCHITECTURES})
     enable_language(CUDA)
     # CMake 3.25 does not know that nvcc 13 speaks C++20.
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")

@@ -71,16 +71,17 @@ inline std::vector<float> all_logits(const Model& model, Backend& backend, const
   Decoder decoder(c, backend);
   const auto cache = backend.make_kv_cache(
       {c.layers, c.kv_heads, c.head_dim, static_cast<int64_t>(tokens.size()), DType::f32});
-  std::vector<float> hidden(chunk * static_cast<size_t>(c.dim)),
-      logits(tokens.size() * static_cast<size_t>(c.vocab));
+  const auto size = static_cast<int64_t>(chunk);
+  const auto hidden = backend.allocate(size * c.dim * 4), rows = backend.allocate(size * c.vocab * 4);
+  std::vector<float> logits(tokens.size() * static_cast<size_t>(c.vocab));
   for (size_t first = 0; first < tokens.size(); first += chunk) {
     const size_t count = std::min(chunk, tokens.size() - first);
-    const Mat h(hidden.data(), static_cast<int64_t>(count), c.dim);
+    const Mat h(static_cast<float*>(hidden.get()), static_cast<int64_t>(count), c.dim);
+    const Mat found(static_cast<float*>(rows.get()), h.rows, c.vocab);
     decoder.forward(model, std::span(tokens).subspan(first, count), *cache, static_cast<int64_t>(first),
                     Pass{dense, nullptr}, h);
-    decoder.logits(
-        model, h,
-        Mat(logits.data() + first * static_cast<size_t>(c.vocab), static_cast<int64_t>(count), c.vocab));
+    decoder.logits(model, h, found);
+    backend.read(found, logits.data() + first * static_cast<size_t>(c.vocab));
   }
   return logits;
 }

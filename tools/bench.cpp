@@ -6,7 +6,6 @@
 #include <memory>
 #include <nlohmann/json.hpp>
 
-#include "backend/bandwidth.h"
 #include "backend/profile.h"
 #include "base/error.h"
 #include "base/progress.h"
@@ -93,24 +92,29 @@ class Timeline {
         decoder_(model.config, backend),
         cache_(backend.make_kv_cache(
             {model.config.layers, model.config.kv_heads, model.config.head_dim, capacity, kv})),
-        hidden_(static_cast<size_t>(Decoder::kBatch * model.config.dim)),
-        logits_(static_cast<size_t>(model.config.vocab)) {}
+        hidden_(backend.allocate(Decoder::kBatch * model.config.dim * kFloat)),
+        logits_(backend.allocate(model.config.vocab * kFloat)) {}
 
   /// Keys and values at positions [0, count), for the price of writing them: each attends to itself alone.
   void fill(int64_t count) {
     const ModelConfig& c = model_.config;
     std::vector<float> values(static_cast<size_t>(Decoder::kBatch * (2 * c.q_dim() + c.kv_dim())));
     for (float& v : values) v = static_cast<float>(next() >> 40) * 0x1p-23f - 1;
+    const auto size = static_cast<int64_t>(values.size());
+    const auto memory = backend_.allocate(size * kFloat);
+    auto* const there = static_cast<float*>(memory.get());
+    backend_.write(values.data(), Mat(there, 1, size));
     for (int64_t first = 0; first < count; first += Decoder::kBatch) {
       throw_if_interrupted();
       const int64_t rows = std::min(Decoder::kBatch, count - first);
-      const Mat q(values.data(), rows, c.q_dim()), out(q.row(rows), rows, c.q_dim()),
+      const Mat q(there, rows, c.q_dim()), out(q.row(rows), rows, c.q_dim()),
           k(out.row(rows), rows, c.kv_dim());
       for (int64_t l = 0; l < c.layers; ++l) backend_.attend(q, k, k, *cache_, l, first, 1, out);
     }
   }
 
-  /// `count` tokens at `pos` …, one after another or together, with the logits after the last of each step.
+  /// `count` tokens at `pos` …, one after another or together, with the logits after the last of each step; waits
+  /// for the result.
   void feed(int64_t pos, int64_t count, bool together, const Pass& pass) {
     const int64_t step = together ? Decoder::kBatch : 1;
     for (int64_t first = 0; first < count; first += step) {
@@ -119,21 +123,23 @@ class Timeline {
       tokens_.resize(static_cast<size_t>(rows));
       for (int32_t& id : tokens_)
         id = static_cast<int32_t>((next() >> 33) % static_cast<uint64_t>(model_.config.vocab));
-      const Mat hidden(hidden_.data(), rows, model_.config.dim);
+      const Mat hidden(static_cast<float*>(hidden_.get()), rows, model_.config.dim);
       decoder_.forward(model_, tokens_, *cache_, pos + first, pass, hidden);
       if (first + rows == count || !together)
-        decoder_.logits(model_, hidden.slice(rows - 1, 1), Mat(logits_.data(), 1, model_.config.vocab));
+        decoder_.logits(model_, hidden.slice(rows - 1, 1), Mat(static_cast<float*>(logits_.get()), 1, model_.config.vocab));
     }
+    backend_.synchronize();
   }
 
  private:
+  static constexpr int64_t kFloat = sizeof(float);
   uint64_t next() { return state_ = state_ * 6364136223846793005ull + 1442695040888963407ull; }
 
   const Model& model_;
   Backend& backend_;
   Decoder decoder_;
   std::unique_ptr<KvCache> cache_;
-  std::vector<float> hidden_, logits_;
+  std::shared_ptr<void> hidden_, logits_;
   std::vector<int32_t> tokens_;
   uint64_t state_ = 1;
 };
@@ -255,7 +261,7 @@ Report measure(const Flags& f, Model& model, const std::vector<Reading>& reading
     for (size_t t = 0; t < tasks.size(); ++t) {
       Station& station = *stations[tasks[t].station];
       if (t == 0 || tasks[t].station != tasks[t - 1].station)
-        bandwidth = measure_read_bandwidth(*station.machine.pool, kBandwidthBytes);
+        bandwidth = station.machine.backend->measure_bandwidth(kBandwidthBytes);
       use(model, readings[tasks[t].reading]);
       Row& row = report.rows[t];
       row.bandwidth.push_back(bandwidth);
@@ -276,10 +282,11 @@ void save_random(const Flags& f, ThreadPool& pool) {
   std::fprintf(stderr, "bench: wrote %s\n", f.save.c_str());
 }
 
-/// The readings to compare, the dense one first.
-std::vector<Reading> load(const Flags& f, Model& model) {
+/// The readings to compare, the dense one first; the model in the memory of `home`.
+std::vector<Reading> load(const Flags& f, Model& model, Machine& home) {
   if (!f.random_weights) {
     model = load_model(f.model);
+    place(model, *home.backend);
     if (!f.sparsity.empty())
       fail("--sparsity: a stored model is timed as it is; give --config FILE --random-weights to try others");
     std::vector<Reading> readings = {dense_reading(model)};
@@ -291,8 +298,8 @@ std::vector<Reading> load(const Flags& f, Model& model) {
   std::vector<Plan> plans;
   for (double s : sparsity) plans.push_back(plan_of(config, f.method, s));
   std::fprintf(stderr, "bench: making %s random weights\n", short_count(parameter_count(config)).c_str());
-  ThreadPool pool(*std::max_element(f.threads.begin(), f.threads.end()));
-  model = make_random_model(config, plans[0], random_options(f), pool);
+  model = make_random_model(config, plans[0], random_options(f), *home.pool);
+  place(model, *home.backend);
   std::vector<Reading> readings = {dense_reading(model)};
   const Reading first = reading_of(model);
   for (size_t i = 0; i < plans.size(); ++i) {
@@ -316,8 +323,11 @@ int run(const Flags& f) {
     save_random(f, pool);
     return 0;
   }
+  MachineOptions options = f.machine;
+  options.threads = *std::max_element(f.threads.begin(), f.threads.end());
+  Machine home = make_machine(options);  // whose memory the model is in
   Model model;
-  const std::vector<Reading> readings = load(f, model);
+  const std::vector<Reading> readings = load(f, model, home);
   const int64_t deepest = *std::max_element(f.depths.begin(), f.depths.end());
   if (deepest + std::max(f.prompt, f.gen) > model.config.context)
     fail("--depth ", deepest, " and ", std::max(f.prompt, f.gen), " tokens: the model's context is ",

@@ -23,14 +23,15 @@ std::function<int()> setup_bench(CLI::App& app);
 std::function<int()> setup_devices(CLI::App& app);
 std::function<int()> setup_completion(CLI::App& app);
 
-/// Flags that every command that computes shares: -t/--threads, --backend, --products, --no-progress.
+/// Flags that every command that computes shares: -t/--threads, --device, --backend, --products, --no-progress.
 struct MachineOptions {
   int threads = 0;               // 0: one per available core
+  std::string device = "cpu";    // cpu, cuda or cuda:I
   std::string backend = "cpu";   // cpu or ref
   std::string products = "f32";  // f32 or bf16: arithmetic of dense products over many rows
   bool no_progress = false;
-  /// With `sweep`, -t takes a list, which goes there.
-  void declare(CLI::App& app, std::vector<int>* sweep = nullptr);
+  /// With `sweep`, -t takes a list, which goes there. Without `with_device` the command computes on the cpu.
+  void declare(CLI::App& app, std::vector<int>* sweep = nullptr, bool with_device = true);
 };
 
 /// The machine that the options ask for. `pool` outlives the backend.

@@ -6,12 +6,16 @@
 
 namespace larosa {
 
-void MachineOptions::declare(CLI::App& app, std::vector<int>* sweep) {
+void MachineOptions::declare(CLI::App& app, std::vector<int>* sweep, bool with_device) {
   CLI::Option* option =
       sweep ? app.add_option("-t,--threads", *sweep, "Threads, several by commas (default: one per core)")
                   ->delimiter(',')
             : app.add_option("-t,--threads", threads, "Threads (default: one per available core)");
   option->check(CLI::Range(1, 1024));
+  if (with_device) {
+    app.add_option("--device", device, "Where to compute: cpu, cuda or cuda:I (see `larosa devices`)")
+        ->capture_default_str();
+  }
   app.add_option("--backend", backend,
                  "Backend: cpu, or ref (plain loops, slow, the meaning of every operation)")
       ->check(CLI::IsMember({"cpu", "ref"}))
@@ -25,8 +29,7 @@ void MachineOptions::declare(CLI::App& app, std::vector<int>* sweep) {
 Machine make_machine(const MachineOptions& options) {
   Machine machine;
   machine.pool = std::make_unique<ThreadPool>(options.threads);
-  const CpuOptions cpu{options.products == "bf16" ? Products::bf16 : Products::f32};
-  machine.backend = options.backend == "ref" ? make_ref_backend() : make_cpu_backend(cpu, *machine.pool);
+  machine.backend = make_backend(options.device, options.backend, options.products, *machine.pool);
   return machine;
 }
 

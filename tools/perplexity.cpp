@@ -73,7 +73,8 @@ void print_json(const Flags& f, const PerplexityOptions& options, const Perplexi
 
 int run(const Flags& f) {
   const Protocol& protocol = find_protocol(f.protocol);
-  const Model model = load_model(f.model);
+  Machine machine = make_machine(f.machine);
+  Model model = load_model(f.model);
   std::optional<Model> reference;
   if (!f.against.empty()) reference = load_model(f.against);
   if (f.check_tensors) check_finite(model);
@@ -105,7 +106,8 @@ int run(const Flags& f) {
   const int64_t least = std::max<int64_t>(2, protocol.least_windows * options.context);
   if (static_cast<int64_t>(tokens.size()) < least)
     fail(f.file, ": ", tokens.size(), " tokens, protocol ", protocol.name, " needs ", least);
-  Machine machine = make_machine(f.machine);
+  place(model, *machine.backend);
+  if (reference) place(*reference, *machine.backend);
   std::fprintf(stderr, "%s\n", machine.backend->describe().c_str());
   catch_interrupts();
   std::optional<Progress> progress;

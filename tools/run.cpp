@@ -46,7 +46,8 @@ int run(Flags& f) {
     fail("give a prompt with either -p TEXT or -f FILE (- for standard input)");
   const std::string prompt = f.prompt ? *f.prompt : read_file(*f.file);
   if (prompt.empty()) fail(f.prompt ? "-p" : *f.file, ": the prompt is empty");
-  const EngineOptions options{f.machine.threads, f.machine.backend, f.machine.products, f.check_tensors};
+  const EngineOptions options{f.machine.threads, f.machine.backend, f.machine.products, f.check_tensors,
+                              f.machine.device};
   const Engine engine(f.model, options);
   const auto ids = engine.encode(prompt);
   const int64_t size = static_cast<int64_t>(ids.size());

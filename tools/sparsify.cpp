@@ -195,7 +195,7 @@ std::function<int()> setup_sparsify(CLI::App& app) {
                  "calibration text (default: gptq for int4)")
       ->check(CLI::IsMember({"nearest", "gptq"}));
   app.add_flag("--check-tensors", f->check_tensors, "Refuse tensors with NaN or infinity");
-  f->machine.declare(app);
+  f->machine.declare(app, nullptr, false);
   return [f, &app] { return run(*f, app); };
 }
 

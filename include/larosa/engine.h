@@ -28,9 +28,10 @@ const char* version();
 
 struct EngineOptions {
   int threads = 0;               // 0: one per available core
-  std::string backend = "cpu";   // "cpu", or "ref": plain loops, the meaning of every operation
+  std::string backend = "cpu";   // on the cpu: "cpu", or "ref": plain loops, the meaning of every operation
   std::string products = "f32";  // "f32" or "bf16": arithmetic of dense products over many rows (prompts)
   bool check_tensors = false;    // refuse weights with NaN or infinity
+  std::string device = "cpu";    // "cpu", "cuda" or "cuda:I": the I-th NVIDIA device
 };
 
 /// What decoding one token reads from memory, bytes.
@@ -40,7 +41,7 @@ struct TokenCost {
 };
 
 /// A loaded model: a Hugging Face directory, or one that `larosa sparsify` wrote. Weights are mapped, not
-/// copied.
+/// copied (on a device of its own memory: copied there once).
 class Engine {
  public:
   /// Throws Error for everything about the directory or the options that cannot be run.

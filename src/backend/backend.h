@@ -3,7 +3,8 @@
 //
 // Letters: T tokens (rows), D inputs, N outputs, H query heads, G key/value heads, E head width.
 // All activations are float32 rows (Mat); weights are stored types (Weight). Rows of a Mat may be strided.
-// Kernels throw nothing; shapes are the caller's duty (CHECK). Operations are issued from one thread.
+// Whatever an operation reads or writes is backend memory: the host's, unless the backend has memory of its
+// own. Kernels throw nothing; shapes are the caller's duty (CHECK). Operations are issued from one thread.
 // Results do not depend on the number of threads, bit for bit.
 #pragma once
 
@@ -70,6 +71,18 @@ class Backend {
   virtual std::string products_name() const = 0;
 
   // -- memory ------------------------------------------------------------------------------------------
+  /// Memory for Mats, uninitialised. The backend must outlive it. Throws Error when there is not enough.
+  virtual std::shared_ptr<void> allocate(int64_t bytes);
+  /// The same bytes where operations read them: `data` itself in host memory, which must then live on.
+  virtual std::shared_ptr<const void> upload(const void* data, int64_t bytes);
+  /// Copies (rows, cols) to or from the host's dense rows, after everything issued before.
+  virtual void read(Mat from, float* to);
+  virtual void write(const float* from, Mat to);
+  /// Waits for everything issued before.
+  virtual void synchronize() {}
+  /// GB/s that memory gives for `bytes` well beyond the caches: what decoding is measured against. Host
+  /// memory is read, memory of a backend's own is copied (bytes read and written). Takes up to twice `bytes`.
+  virtual double measure_bandwidth(int64_t bytes) = 0;
   /// A selection for up to max_rows rows of max_cols entries.
   virtual std::unique_ptr<Selection> make_selection(int64_t max_rows, int64_t max_cols) = 0;
   /// An empty cache. Memory is taken as the timeline grows, not all at once.
@@ -86,9 +99,9 @@ class Backend {
   /// For every product: y = x Wᵀ (+ bias) (+ y).               x (T, D); y (T, N); x aliases no y
   virtual void matmul(Mat x, std::span<const Product> products) = 0;
 
-  /// y = x R, a change of basis of the stream or of an activation, in float32 whatever Products says.
+  /// y = x R (+ y), a change of basis of the stream or of an activation, in float32 whatever Products says.
   /// x (T, D), y (T, N), no alias; R (D, N) channels (rows: R transposed); N = D but for parts of a basis
-  virtual void rotate(Mat x, const Weight& basis, Mat y) = 0;
+  virtual void rotate(Mat x, const Weight& basis, Mat y, bool accumulate = false) = 0;
 
   /// Keeps, in every row, the `keep` entries of largest |x[t,i]|·scale[i]; among equals the lower index.
   /// Exactly keep entries, whatever the values; a NaN counts as largest.   x (T, D); scale (D) ≥ 0 or null;
@@ -109,15 +122,17 @@ class Backend {
   virtual void expand(const Selection& kept, Mat y) = 0;
 
   /// Number of kept entries, all rows together.
-  virtual int64_t count(const Selection& kept) const = 0;
+  virtual int64_t count(const Selection& kept) = 0;
 
   /// Rotary position embedding of positions pos … pos + T − 1 in place, halves paired (i, i + E/2), arXiv
-  /// 2104.09864 eq. 34: angle = position · inv_freq[i].     q (T, H·E); k (T, G·E); inv_freq (E/2)
+  /// 2104.09864 eq. 34: angle = position · inv_freq[i].     q (T, H·E); k (T, G·E); inv_freq (E/2), one table
+  /// per address
   virtual void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) = 0;
 
   /// Appends k, v at positions pos … pos + T − 1 of `layer`, then causal attention of q over the cache:
   /// out[t,h] = Σ_j softmax_j(q[t,h]·k[j,g(h)] / √E) v[j,g(h)], j from max(0, p − window + 1) to p = pos + t
-  /// (window 0: from 0), g(h) = h / (H/G).   q, out (T, H·E), no alias; k, v (T, G·E); pos + T ≤ capacity
+  /// (window 0: from 0), g(h) = h / (H/G).   q, out (T, H·E), no alias; k, v (T, G·E); pos + T ≤ capacity.
+  /// q and k hold nothing of use afterwards.
   virtual void attend(Mat q, Mat k, Mat v, KvCache& cache, int64_t layer, int64_t pos, int64_t window,
                       Mat out) = 0;
 
@@ -139,5 +154,19 @@ struct CpuOptions {
 /// variable LAROSA_ISA (portable, avx2, avx512, avx512vnni; neon on Arm) forces an instruction set; an
 /// unknown or unsupported one throws Error.
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options, ThreadPool& pool);
+
+struct CudaOptions {
+  int device = 0;  // as `cuda_devices` numbers them
+  Products products = Products::f32;
+};
+
+/// The backend for NVIDIA devices of compute capability 8.0 on. Throws Error where there is none, or in a
+/// build without CUDA.
+std::unique_ptr<Backend> make_cuda_backend(const CudaOptions& options);
+
+/// The backend that flags ask for. device: "cpu", "cuda" or "cuda:I"; backend: "cpu" or "ref" (on the cpu);
+/// products: "f32" or "bf16". Throws Error naming the one that is wrong.
+std::unique_ptr<Backend> make_backend(const std::string& device, const std::string& backend,
+                                      const std::string& products, ThreadPool& pool);
 
 }  // namespace larosa

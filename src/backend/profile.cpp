@@ -49,6 +49,15 @@ class ProfiledBackend final : public Backend {
   std::string describe() const override { return inner_.describe(); }
   std::string products_name() const override { return inner_.products_name(); }
 
+  std::shared_ptr<void> allocate(int64_t bytes) override { return inner_.allocate(bytes); }
+  std::shared_ptr<const void> upload(const void* data, int64_t bytes) override {
+    return inner_.upload(data, bytes);
+  }
+  void read(Mat from, float* to) override { inner_.read(from, to); }
+  void write(const float* from, Mat to) override { inner_.write(from, to); }
+  void synchronize() override { inner_.synchronize(); }
+  double measure_bandwidth(int64_t bytes) override { return inner_.measure_bandwidth(bytes); }
+
   std::unique_ptr<Selection> make_selection(int64_t max_rows, int64_t max_cols) override {
     return inner_.make_selection(max_rows, max_cols);
   }
@@ -57,7 +66,7 @@ class ProfiledBackend final : public Backend {
     position_bytes_[cache.get()] = cache->bytes_per_token() / shape.layers;
     return cache;
   }
-  int64_t count(const Selection& kept) const override { return inner_.count(kept); }
+  int64_t count(const Selection& kept) override { return inner_.count(kept); }
 
   void embed(const Weight& table, std::span<const int32_t> tokens, Mat x) override {
     time("embed", {}, table.bytes() / table.out * x.rows, [&] { inner_.embed(table, tokens, x); });
@@ -68,8 +77,8 @@ class ProfiledBackend final : public Backend {
   void matmul(Mat x, std::span<const Product> products) override {
     time("matmul", products, product_bytes(products, x.cols), [&] { inner_.matmul(x, products); });
   }
-  void rotate(Mat x, const Weight& basis, Mat y) override {
-    time("rotate", {basis.data}, basis.bytes(), [&] { inner_.rotate(x, basis, y); });
+  void rotate(Mat x, const Weight& basis, Mat y, bool accumulate) override {
+    time("rotate", {basis.data}, basis.bytes(), [&] { inner_.rotate(x, basis, y, accumulate); });
   }
   void topk(Mat x, const float* scale, int64_t keep, Selection& kept) override {
     time("topk", {scale}, float_bytes(scale, x.cols), [&] { inner_.topk(x, scale, keep, kept); });
@@ -111,6 +120,7 @@ class ProfiledBackend final : public Backend {
   void time(const char* operation, std::span<const void* const> tensors, int64_t bytes, const Call& call) {
     const auto start = std::chrono::steady_clock::now();
     call();
+    inner_.synchronize();
     const auto end = std::chrono::steady_clock::now();
     profile_.add(profile_.name_of(operation, tensors), bytes, end - start);
   }

@@ -43,7 +43,7 @@ class Profile {
 /// Forwards every operation to `inner` and adds it to `profile`; both must outlive it. Its selections and
 /// caches are `inner`'s; attend takes caches that were made here. Bytes: every tensor once per call; of a
 /// sparse product over one row the kept channels only; of the cache the positions attended to. Times are
-/// between call and return: `inner` must have finished by then (cpu and ref have).
+/// from the call until `inner` has finished.
 std::unique_ptr<Backend> make_profiled_backend(Backend& inner, Profile& profile);
 
 }  // namespace larosa

@@ -7,8 +7,10 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/bandwidth.h"
 #include "base/error.h"
 #include "base/quant.h"
+#include "base/thread_pool.h"
 
 namespace larosa {
 namespace {
@@ -85,6 +87,10 @@ class RefBackend final : public Backend {
  public:
   std::string describe() const override { return "ref, 1 thread, plain loops, products float64"; }
   std::string products_name() const override { return "float64"; }
+  double measure_bandwidth(int64_t bytes) override {
+    ThreadPool pool(1);
+    return measure_read_bandwidth(pool, bytes);
+  }
 
   std::unique_ptr<Selection> make_selection(int64_t, int64_t) override {
     return std::make_unique<RefSelection>();
@@ -119,7 +125,9 @@ class RefBackend final : public Backend {
     for (const Product& p : products) product(x, p);
   }
 
-  void rotate(Mat x, const Weight& basis, Mat y) override { product(x, Product{basis, y, false}); }
+  void rotate(Mat x, const Weight& basis, Mat y, bool accumulate) override {
+    product(x, Product{basis, y, accumulate});
+  }
 
   void topk(Mat x, const float* scale, int64_t keep, Selection& kept) override {
     CHECK(keep >= 0 && keep <= x.cols);
@@ -159,7 +167,7 @@ class RefBackend final : public Backend {
     for (int64_t t = 0; t < y.rows; ++t) std::copy_n(&selection.values[size_t(t * y.cols)], y.cols, y.row(t));
   }
 
-  int64_t count(const Selection& kept) const override { return static_cast<const RefSelection&>(kept).kept; }
+  int64_t count(const Selection& kept) override { return static_cast<const RefSelection&>(kept).kept; }
 
   void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) override {
     const int64_t half = head_dim / 2;

@@ -9,17 +9,6 @@
 #endif
 
 namespace larosa {
-namespace {
-
-std::unique_ptr<Backend> backend_of(const EngineOptions& options, ThreadPool& pool) {
-  if (options.products != "f32" && options.products != "bf16")
-    fail("products ", options.products, ": expected f32 or bf16");
-  if (options.backend == "ref") return make_ref_backend();
-  if (options.backend != "cpu") fail("backend ", options.backend, ": expected cpu or ref");
-  return make_cpu_backend({options.products == "bf16" ? Products::bf16 : Products::f32}, pool);
-}
-
-}  // namespace
 
 const char* version() {
   return LAROSA_VERSION;
@@ -32,11 +21,12 @@ DType kv_dtype(const std::string& name) {
 }
 
 Engine::Data::Data(const std::string& dir, const EngineOptions& options)
-    : model(load_model(dir)),
-      tokenizer(Tokenizer::load(dir)),
-      pool(options.threads),
-      backend(backend_of(options, pool)) {
+    : pool(options.threads),
+      backend(make_backend(options.device, options.backend, options.products, pool)),
+      model(load_model(dir)),
+      tokenizer(Tokenizer::load(dir)) {
   if (options.check_tensors) check_finite(model);
+  place(model, *backend);
 }
 
 Engine::Engine(const std::string& dir, const EngineOptions& options)

@@ -15,10 +15,10 @@ namespace larosa {
 struct Engine::Data {
   Data(const std::string& dir, const EngineOptions& options);
 
-  Model model;
-  Tokenizer tokenizer;
   ThreadPool pool;
   std::unique_ptr<Backend> backend;  // uses the pool
+  Model model;                       // in the backend's memory
+  Tokenizer tokenizer;
 };
 
 /// The type of kKvTypes of that name; throws Error for others.

@@ -14,13 +14,21 @@ struct Session::Data {
         options(o),
         decoder(from.model.config, *from.backend),
         sampler(o.sampling),
-        hidden(static_cast<size_t>(Decoder::kBatch * from.model.config.dim)),
+        hidden(floats(*from.backend, Decoder::kBatch * from.model.config.dim)),
+        scores(floats(*from.backend, from.model.config.vocab)),
         logits(static_cast<size_t>(from.model.config.vocab)) {
     const ModelConfig& c = from.model.config;
     context = o.context == 0 ? c.context : o.context;
     if (context < 1 || context > c.context)
       fail("-c ", context, ": expected 1 to the model's context of ", c.context);
     cache = from.backend->make_kv_cache({c.layers, c.kv_heads, c.head_dim, context, kv_dtype(o.kv)});
+  }
+
+  static std::shared_ptr<void> floats(Backend& backend, int64_t n) {
+    return backend.allocate(n * static_cast<int64_t>(sizeof(float)));
+  }
+  Mat hidden_rows(int64_t rows) const {
+    return Mat(static_cast<float*>(hidden.get()), rows, engine.model.config.dim);
   }
 
   bool cancelled() const { return options.cancelled && options.cancelled(); }
@@ -37,13 +45,14 @@ struct Session::Data {
       const bool dense = prompt && !options.sparse_prompt;
       rows = std::min(Decoder::kBatch, static_cast<int64_t>(end - evaluated));
       const auto part = std::span<const int32_t>(tokens).subspan(evaluated, static_cast<size_t>(rows));
-      const Mat h(hidden.data(), rows, model.config.dim);
+      const Mat h = hidden_rows(rows);
       decoder.forward(model, part, *cache, static_cast<int64_t>(evaluated), Pass{dense, nullptr}, h);
       evaluated += part.size();
     }
     if (rows > 0) {
-      decoder.logits(model, Mat(hidden.data(), rows, model.config.dim).slice(rows - 1, 1),
-                     Mat(logits.data(), 1, model.config.vocab));
+      const Mat row(static_cast<float*>(scores.get()), 1, model.config.vocab);
+      decoder.logits(model, hidden_rows(rows).slice(rows - 1, 1), row);
+      engine.backend->read(row, logits.data());
     }
   }
 
@@ -54,9 +63,10 @@ struct Session::Data {
   Sampler sampler;
   std::unique_ptr<KvCache> cache;
   std::vector<int32_t> tokens;
-  size_t evaluated = 0;   // of tokens
-  size_t prompt_end = 0;  // tokens before it and not evaluated are a prompt's
-  std::vector<float> hidden, logits;
+  size_t evaluated = 0;                  // of tokens
+  size_t prompt_end = 0;                 // tokens before it and not evaluated are a prompt's
+  std::shared_ptr<void> hidden, scores;  // backend memory
+  std::vector<float> logits;             // the scores, for the host
 };
 
 namespace {

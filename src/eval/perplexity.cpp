@@ -50,8 +50,9 @@ class Scorer {
         decoder_(model.config, backend),
         context_(context),
         kv_(kv),
-        hidden_(static_cast<size_t>(context * model.config.dim)),
-        logits_(static_cast<size_t>(block_rows() * model.config.vocab)) {}
+        hidden_(backend.allocate(context * model.config.dim * kFloat)),
+        logits_(backend.allocate(block_rows() * model.config.vocab * kFloat)),
+        scores_(static_cast<size_t>(block_rows() * model.config.vocab)) {}
 
   /// Rows whose logits are held at once: a vocabulary of 128 k stays below 128 MiB.
   int64_t block_rows() const {
@@ -62,7 +63,7 @@ class Scorer {
     const ModelConfig& c = model_.config;
     const auto cache = backend_.make_kv_cache({c.layers, c.kv_heads, c.head_dim, context_, kv_});
     const int64_t rows = static_cast<int64_t>(tokens.size());
-    const Mat hidden(hidden_.data(), rows, c.dim);
+    const Mat hidden(static_cast<float*>(hidden_.get()), rows, c.dim);
     const auto first = static_cast<size_t>(std::min(dense_rows, rows));
     if (first > 0) decoder_.forward(model_, tokens.first(first), *cache, 0, Pass{true, nullptr}, hidden);
     if (first == tokens.size()) return;
@@ -70,21 +71,26 @@ class Scorer {
                      hidden.slice(static_cast<int64_t>(first), rows - static_cast<int64_t>(first)));
   }
 
-  /// Log-probabilities after rows [first, first + count) of the window.
+  /// Log-probabilities after rows [first, first + count) of the window, in host memory.
   Mat log_probabilities(int64_t first, int64_t count) {
-    const Mat logits(logits_.data(), count, model_.config.vocab);
-    decoder_.logits(model_, Mat(hidden_.data(), context_, model_.config.dim).slice(first, count), logits);
+    const Mat hidden(static_cast<float*>(hidden_.get()), context_, model_.config.dim);
+    const Mat logits(static_cast<float*>(logits_.get()), count, model_.config.vocab);
+    decoder_.logits(model_, hidden.slice(first, count), logits);
     backend_.log_softmax(logits);
-    return logits;
+    backend_.read(logits, scores_.data());
+    return Mat(scores_.data(), count, model_.config.vocab);
   }
 
  private:
+  static constexpr int64_t kFloat = sizeof(float);
+
   const Model& model_;
   Backend& backend_;
   Decoder decoder_;
   int64_t context_;
   DType kv_;
-  std::vector<float> hidden_, logits_;
+  std::shared_ptr<void> hidden_, logits_;  // backend memory
+  std::vector<float> scores_;
 };
 
 Score score_row(const float* p, const float* reference, int64_t vocab, int32_t target) {

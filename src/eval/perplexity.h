@@ -71,7 +71,7 @@ struct PerplexityResult {
 Mean perplexity_of(const Mean& nll);
 
 /// Scores `tokens` in windows, each token at most once; the first token of a window is never predicted.
-/// `reference` may be null.
+/// `reference` may be null. Both are placed in the backend's memory (model.h, place).
 /// `seen` is called after every window with the running result. Throws Error when the text is shorter than
 /// one window.
 PerplexityResult perplexity(const Model& model, const Model* reference, Backend& backend, ThreadPool& pool,

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <utility>
 
 #include "base/error.h"
 
@@ -16,15 +17,18 @@ struct Decoder::Step {
 };
 
 Decoder::Decoder(const ModelConfig& config, Backend& backend, int64_t max_rows)
-    : config_(config), backend_(backend), max_rows_(max_rows), inv_freq_(config.inv_freq()) {
+    : config_(config), backend_(backend), frequencies_(config.inv_freq()), max_rows_(max_rows) {
   const int64_t widest = std::max({config.dim, config.q_dim(), config.ffn});
-  const int64_t cols[] = {config.dim, config.q_dim(), config.kv_dim(), config.kv_dim(), config.q_dim(),
-                          config.ffn, config.ffn,     config.dim,      widest,          widest};
-  Mat* const mats[] = {&h_, &q_, &k_, &v_, &att_, &gate_, &up_, &x_, &turned_, &back_};
+  const int64_t cols[] = {config.dim,     config.q_dim(), config.kv_dim(), config.kv_dim(),
+                          config.q_dim(), config.ffn,     config.ffn,      config.ffn,
+                          config.dim,     config.dim,     widest,          widest};
+  Mat* const mats[] = {&h_, &q_, &k_, &v_, &att_, &gate_, &up_, &mid_, &x_, &next_, &turned_, &back_};
   int64_t total = 0;
   for (int64_t c : cols) total += c;
-  memory_ = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(total * max_rows));
-  float* next = memory_.get();
+  constexpr int64_t kFloat = sizeof(float);
+  memory_ = backend.allocate(total * max_rows * kFloat);
+  inv_freq_ = backend.upload(frequencies_.data(), static_cast<int64_t>(frequencies_.size()) * kFloat);
+  auto* next = static_cast<float*>(memory_.get());
   for (size_t i = 0; i < std::size(cols); ++i) {
     *mats[i] = Mat(next, max_rows, cols[i]);
     next += max_rows * cols[i];
@@ -99,7 +103,7 @@ void Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t c
   const int64_t rows = x.rows;
   const auto view = [rows](const Mat& m) { return Mat(m.data, rows, m.cols); };
   const Mat h = view(h_), q = view(q_), k = view(k_), v = view(v_), att = view(att_), gate = view(gate_),
-            up = view(up_);
+            up = view(up_), mid = view(mid_);
   const Step step{layer, pass, {q, k, v, x, gate, up, x}, x};
   const LayerWeights& w = layer.weights;
 
@@ -111,25 +115,14 @@ void Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t c
     backend_.rms_norm(q_heads, w.norm_q, config_.norm_eps, q_heads);
     backend_.rms_norm(k_heads, w.norm_k, config_.norm_eps, k_heads);
   }
-  backend_.rope(q, k, config_.head_dim, pos, inv_freq_.data());
+  backend_.rope(q, k, config_.head_dim, pos, static_cast<const float*>(inv_freq_.get()));
   backend_.attend(q, k, v, cache, cache_layer, pos, config_.window_of(index), att);
   apply(step, Site::h2, att);
 
   backend_.rms_norm(x, w.norm_mlp, config_.norm_eps, h);
   apply(step, Site::h3, h);
-  backend_.glu(gate, up, gate);
-  apply(step, Site::h4, gate);
-
-  if (layer.adapter) {
-    backend_.rotate(x, layer.adapter, h);
-    if (layer.adapter_top) {
-      const Mat top(x.data, rows, layer.adapter_top.in, x.stride), sum(turned_.data, rows, x.cols);
-      backend_.rotate(top, layer.adapter_top, sum);
-      for (int64_t t = 0; t < rows; ++t)
-        for (int64_t i = 0; i < x.cols; ++i) h.row(t)[i] += sum.row(t)[i];
-    }
-    for (int64_t t = 0; t < rows; ++t) std::copy_n(h.row(t), x.cols, x.row(t));
-  }
+  backend_.glu(gate, up, mid);
+  apply(step, Site::h4, mid);
 }
 
 void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, int64_t pos,
@@ -137,10 +130,18 @@ void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCac
   for (size_t first = 0; first < tokens.size();) {
     const size_t count = std::min(tokens.size() - first, static_cast<size_t>(max_rows_));
     const int64_t offset = static_cast<int64_t>(first), rows = static_cast<int64_t>(count);
-    const Mat x(x_.data, rows, config_.dim);
+    Mat x(x_.data, rows, config_.dim), next(next_.data, rows, config_.dim);
     embed(model.outer, tokens.subspan(first, count), x);
     for (int64_t l = 0; l < config_.layers; ++l) {
-      layer(model.layers[static_cast<size_t>(l)], l, cache, l, pos + offset, x, pass);
+      const Layer& block = model.layers[static_cast<size_t>(l)];
+      layer(block, l, cache, l, pos + offset, x, pass);
+      if (!block.adapter) continue;
+      backend_.rotate(x, block.adapter, next);  // the stream changes basis
+      if (block.adapter_top) {
+        const Mat top(x.data, rows, block.adapter_top.in, x.stride);
+        backend_.rotate(top, block.adapter_top, next, true);
+      }
+      std::swap(x, next);
     }
     backend_.rms_norm(x, model.outer.norm_out, config_.norm_eps, hidden.slice(offset, rows));
     first += count;

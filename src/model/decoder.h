@@ -44,8 +44,9 @@ class Decoder {
   /// x (T, dim) = embeddings of tokens; T ≤ max_rows.
   void embed(const OuterWeights& outer, std::span<const int32_t> tokens, Mat x);
 
-  /// One layer in place on x (T, dim): positions pos … pos + T − 1 of `cache`, whose layer `cache_layer` it
-  /// uses; `index` is the layer's number in the model (its window). T ≤ max_rows.
+  /// One layer's block in place on x (T, dim), before its adapter: positions pos … pos + T − 1 of `cache`,
+  /// whose layer `cache_layer` it uses; `index` is the layer's number in the model (its window). T ≤
+  /// max_rows.
   void layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos, Mat x,
              const Pass& pass);
 
@@ -64,10 +65,11 @@ class Decoder {
 
   const ModelConfig& config_;
   Backend& backend_;
+  const std::vector<float> frequencies_;
   int64_t max_rows_;
-  std::vector<float> inv_freq_;
-  std::unique_ptr<float[]> memory_;
-  Mat h_, q_, k_, v_, att_, gate_, up_, x_, turned_, back_;
+  std::shared_ptr<void> memory_;
+  std::shared_ptr<const void> inv_freq_;
+  Mat h_, q_, k_, v_, att_, gate_, up_, mid_, x_, next_, turned_, back_;
   std::unique_ptr<Selection> kept_;
 };
 

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "backend/backend.h"
@@ -182,6 +183,44 @@ void check_finite(const Model& model) {
     }
     checkpoint.release(*bytes);
   }
+}
+
+void place(Model& model, Backend& backend) {
+  std::map<const void*, const void*> places;
+  const auto at = [&](const void* data, int64_t bytes) -> const void* {
+    if (!data) return nullptr;
+    const auto [entry, fresh] = places.try_emplace(data);
+    if (fresh) {
+      model.placed.push_back(backend.upload(data, bytes));
+      entry->second = model.placed.back().get();
+    }
+    return entry->second;
+  };
+  const auto vector = [&](const float*& data, int64_t n) {
+    data = static_cast<const float*>(at(data, n * static_cast<int64_t>(sizeof(float))));
+  };
+  const auto weight = [&](Weight& w) {
+    w.data = at(w.data, w.bytes());
+    vector(w.bias, w.out);
+  };
+  const ModelConfig& c = model.config;
+  for (Layer& layer : model.layers) {
+    LayerWeights& w = layer.weights;
+    for (Weight& projection : w.projection) weight(projection);
+    vector(w.norm_attn, c.dim);
+    vector(w.norm_mlp, c.dim);
+    vector(w.norm_q, c.head_dim);
+    vector(w.norm_k, c.head_dim);
+    for (size_t g = 0; g < layer.groups.size(); ++g) {
+      vector(layer.groups[g].scale, layer.weights[layer.plan.groups[g].projections[0]].in);
+      weight(layer.groups[g].basis);
+    }
+    weight(layer.adapter);
+    weight(layer.adapter_top);
+  }
+  weight(model.outer.embed);
+  weight(model.outer.head);
+  vector(model.outer.norm_out, c.dim);
 }
 
 PlanShape plan_shape(const ModelConfig& config) {

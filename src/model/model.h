@@ -45,7 +45,13 @@ struct Model {
   OuterWeights outer;
   std::optional<Checkpoint> checkpoint;  // keeps the mapped files; none for random weights
   std::vector<HugePages> memory;         // random weights
+  std::vector<std::shared_ptr<const void>> placed;  // what `place` uploaded
 };
+
+class Backend;
+/// Uploads every tensor that the model runs on to the backend's memory, each once, and points the model
+/// there. Nothing moves where the backend works in host memory. The backend must outlive the model.
+void place(Model& model, Backend& backend);
 
 /// Loads `dir`. Throws Error for everything that load_config, Checkpoint, load_layer and validate refuse.
 Model load_model(const std::string& dir);

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/bandwidth.h"
 #include "backend/cpu/attention.h"
 #include "backend/cpu/isa.h"
 #include "backend/cpu/kernels.h"
@@ -112,6 +113,8 @@ class CpuBackend final : public Backend {
   }
   std::string products_name() const override { return products_ == Products::bf16 ? "bf16" : "float32"; }
 
+  double measure_bandwidth(int64_t bytes) override { return measure_read_bandwidth(pool_, bytes); }
+
   std::unique_ptr<Selection> make_selection(int64_t rows, int64_t cols) override {
     return std::make_unique<CpuSelection>(rows, cols);
   }
@@ -137,8 +140,8 @@ class CpuBackend final : public Backend {
   void matmul(Mat x, std::span<const Product> products) override { multiply(x, products, products_); }
 
   /// Always float32: the stream passes here once per layer, and bf16 would round it each time.
-  void rotate(Mat x, const Weight& basis, Mat y) override {
-    const Product product{basis, y, false};
+  void rotate(Mat x, const Weight& basis, Mat y, bool accumulate) override {
+    const Product product{basis, y, accumulate};
     multiply(x, std::span(&product, 1), Products::f32);
   }
 
@@ -169,7 +172,7 @@ class CpuBackend final : public Backend {
     each_row(y.rows, [&](int, int64_t t) { std::copy_n(s.mat().row(t), y.cols, y.row(t)); });
   }
 
-  int64_t count(const Selection& kept) const override { return static_cast<const CpuSelection&>(kept).kept; }
+  int64_t count(const Selection& kept) override { return static_cast<const CpuSelection&>(kept).kept; }
 
   void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) override {
     CHECK(q.rows == k.rows && q.cols % head_dim == 0 && k.cols % head_dim == 0 && head_dim % 2 == 0);

@@ -1,0 +1,347 @@
+// Attention over the cache. One row: a block per key/value head and stretch of positions, which also rotates
+// the query and appends the new key and value; the last stretch to finish joins them in order. Several rows:
+// blocks of queries walk over tiles of keys.
+#include <algorithm>
+#include <cmath>
+
+#include "backend/cuda/device.cuh"
+#include "backend/cuda/launch.h"
+#include "base/error.h"
+
+namespace larosa::cuda {
+namespace {
+
+constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+
+struct Step {
+  Mat q, k, v, out;
+  CacheLayer cache;
+  Angles at;  // or null: q and k are rotated already
+  Scratch scratch;
+  int64_t pos, first, per;  // positions [first, pos], `per` in a stretch
+  int group, parts;         // query heads per key/value head; blocks that share them
+  float scale;
+};
+
+__device__ int64_t cache_line(const CacheLayer& c, int64_t head, int64_t position) {
+  return (head * c.capacity + position) * c.head_dim;
+}
+
+/// Entry e of a head, rotated where angles are given.
+__device__ float turned(const float* head, int e, int width, const Angles& at) {
+  if (!at.cosine) return __ldcg(head + e);
+  const int half = width / 2, i = e % half;
+  const float2 pair = rotate_pair(__ldcg(head + i), __ldcg(head + i + half), at.cosine[i], at.sine[i]);
+  return e < half ? pair.x : pair.y;
+}
+
+template <class T, int kVector>
+__device__ void load_vector(const T* from, float (&to)[kVector]) {
+  if constexpr (kVector == 4 && sizeof(T) == 2) {
+    const uint2 raw = *reinterpret_cast<const uint2*>(from);
+    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
+    const float2 b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
+    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
+  } else if constexpr (kVector == 4) {
+    const float4 raw = *reinterpret_cast<const float4*>(from);
+    to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
+  } else {
+    to[0] = widen(*from);
+  }
+}
+
+template <class T, int kHeads, int kVector>
+__global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant__ Step a) {
+  extern __shared__ __align__(16) float shared[];
+  __shared__ float top[kHeads], total[kHeads];
+  __shared__ bool last;
+  let_next_start();
+  const int width = static_cast<int>(a.cache.head_dim);
+  const int kv_head = static_cast<int>(blockIdx.x) / a.parts, part = static_cast<int>(blockIdx.x) % a.parts;
+  const int first_head = kv_head * a.group + part * kHeads, heads = min(kHeads, a.group - part * kHeads);
+  const int64_t begin = a.first + blockIdx.y * a.per, end = min(begin + a.per, a.pos + 1);
+  const int count = static_cast<int>(end - begin);
+  float* const q = shared;                      // (kHeads, width)
+  float* const weight = q + kHeads * width;     // (kHeads, per)
+  float* const sums = weight + kHeads * a.per;  // (kThreads, kHeads · kVector)
+  T* const keys = static_cast<T*>(a.cache.keys);
+  T* const values = static_cast<T*>(a.cache.values);
+  wait_for_inputs();
+  for (int i = static_cast<int>(threadIdx.x); i < kHeads * width; i += kThreads) {
+    const int h = i / width;
+    q[i] = h < heads ? turned(a.q.data + (first_head + h) * width, i % width, width, a.at) * a.scale : 0;
+  }
+  if (end == a.pos + 1) {
+    const int64_t line = cache_line(a.cache, kv_head, a.pos);
+    for (int e = static_cast<int>(threadIdx.x); e < width; e += kThreads) {
+      narrow(turned(a.k.data + kv_head * width, e, width, a.at), keys[line + e]);
+      narrow(__ldcg(a.v.data + kv_head * width + e), values[line + e]);
+    }
+  }
+  __syncthreads();
+
+  // Scores: two threads per position.
+  for (int j = static_cast<int>(threadIdx.x) / 2; j < (count + 15) / 16 * 16; j += kThreads / 2) {
+    float dot[kHeads] = {};
+    if (j < count) {
+      const T* key = keys + cache_line(a.cache, kv_head, begin + j);
+#pragma unroll 4
+      for (int e = static_cast<int>(threadIdx.x) % 2 * kVector; e < width; e += 2 * kVector) {
+        float k[kVector];
+        load_vector<T, kVector>(key + e, k);
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) dot[h] = fmaf(q[h * width + e + i], k[i], dot[h]);
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+      const float score = dot[h] + __shfl_xor_sync(~0u, dot[h], 1);
+      if (j < count && threadIdx.x % 2 == 0) weight[h * a.per + j] = score;
+    }
+  }
+  __syncthreads();
+  for (int h = warp(); h < heads; h += kWarps) {
+    float* w = weight + h * a.per;
+    float most = -INFINITY, sum = 0;
+    for (int j = lane(); j < count; j += kWarp) most = Larger()(most, w[j]);
+    most = warp_reduce(most, Larger());
+    for (int j = lane(); j < count; j += kWarp) sum += w[j] = expf(w[j] - most);
+    sum = warp_reduce(sum, Add());
+    if (lane() == 0) {
+      top[h] = most;
+      total[h] = sum;
+    }
+  }
+  __syncthreads();
+
+  // Weighted values: threads share the entries, then the positions.
+  const int vectors = width / kVector, lines = max(1, kThreads / vectors);
+  const int64_t record = width + 2;
+  for (int first = 0; first < vectors; first += kThreads) {
+    const int v = first + static_cast<int>(threadIdx.x) % min(vectors, kThreads);
+    const int line = static_cast<int>(threadIdx.x) / min(vectors, kThreads);
+    float sum[kHeads][kVector] = {};
+    if (v < vectors && line < lines) {
+#pragma unroll 4
+      for (int j = line; j < count; j += lines) {
+        float x[kVector];
+        load_vector<T, kVector>(values + cache_line(a.cache, kv_head, begin + j) + v * kVector, x);
+#pragma unroll
+        for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+          for (int i = 0; i < kVector; ++i) sum[h][i] = fmaf(weight[h * a.per + j], x[i], sum[h][i]);
+        }
+      }
+    }
+#pragma unroll
+    for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sums[threadIdx.x * kHeads * kVector + h * kVector + i] = sum[h][i];
+    }
+    __syncthreads();
+    if (v < vectors && line == 0) {
+      for (int h = 0; h < heads; ++h) {
+        for (int i = 0; i < kVector; ++i) {
+          float x = 0;
+          for (int l = 0; l < lines; ++l)
+            x += sums[(threadIdx.x + l * min(vectors, kThreads)) * kHeads * kVector + h * kVector + i];
+          const int e = v * kVector + i;
+          if (gridDim.y == 1) {
+            a.out.data[(first_head + h) * width + e] = __fdiv_rn(x, total[h]);
+          } else {
+            __stcg(a.scratch.partial +
+                       ((first_head + h) * static_cast<int64_t>(gridDim.y) + blockIdx.y) * record + 2 + e,
+                   x);
+          }
+        }
+      }
+    }
+    __syncthreads();
+  }
+  if (gridDim.y == 1) return;
+  if (threadIdx.x < heads) {
+    float* to = a.scratch.partial +
+                ((first_head + threadIdx.x) * static_cast<int64_t>(gridDim.y) + blockIdx.y) * record;
+    __stcg(to, top[threadIdx.x]);
+    __stcg(to + 1, total[threadIdx.x]);
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(a.scratch.ticket + blockIdx.x, 1u) == gridDim.y - 1;
+    if (last) a.scratch.ticket[blockIdx.x] = 0;
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (int i = static_cast<int>(threadIdx.x); i < heads * width; i += kThreads) {
+    const int h = first_head + i / width, e = i % width;
+    const float* from = a.scratch.partial + h * static_cast<int64_t>(gridDim.y) * record;
+    float most = -INFINITY, sum = 0, x = 0;
+    for (unsigned s = 0; s < gridDim.y; ++s) most = Larger()(most, __ldcg(from + s * record));
+    for (unsigned s = 0; s < gridDim.y; ++s) {
+      const float share = expf(__ldcg(from + s * record) - most);
+      sum = fmaf(share, __ldcg(from + s * record + 1), sum);
+      x = fmaf(share, __ldcg(from + s * record + 2 + e), x);
+    }
+    a.out.data[h * width + e] = __fdiv_rn(x, sum);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) append_kernel(Mat k, Mat v, CacheLayer cache, int64_t pos) {
+  let_next_start();
+  wait_for_inputs();
+  const int64_t t = blockIdx.x, width = cache.head_dim;
+  for (int64_t i = threadIdx.x; i < k.cols; i += kThreads) {
+    const int64_t to = cache_line(cache, i / width, pos + t) + i % width;
+    narrow(k.data[t * k.stride + i], static_cast<T*>(cache.keys)[to]);
+    narrow(v.data[t * v.stride + i], static_cast<T*>(cache.values)[to]);
+  }
+}
+
+constexpr int kQueries = 16, kKeys = 32, kRowsPerWarp = kQueries / kWarps;
+
+/// Queries [16·blockIdx.x, …) of head blockIdx.y. A warp has four of them; lanes are keys, then entries.
+template <class T, int kPieces>
+__global__ void __launch_bounds__(kThreads)
+    rows_kernel(Mat q, CacheLayer cache, int64_t pos, int64_t window, int group, float scale, Mat out) {
+  extern __shared__ __align__(16) float shared[];
+  let_next_start();
+  wait_for_inputs();
+  const int width = static_cast<int>(cache.head_dim), head = static_cast<int>(blockIdx.y),
+            kv_head = head / group;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kQueries;
+  const int64_t rows = min(static_cast<int64_t>(kQueries), q.rows - first_row);
+  float* const queries = shared;                     // (kQueries, width)
+  float* const keys = queries + kQueries * width;    // (kKeys, width + 1): no two lanes in a bank
+  float* const values = keys + kKeys * (width + 1);  // (kKeys, width)
+  float* const weight = values + kKeys * width;      // (kQueries, kKeys)
+  for (int i = static_cast<int>(threadIdx.x); i < kQueries * width; i += kThreads) {
+    const int64_t t = i / width;
+    queries[i] = t < rows ? q.data[(first_row + t) * q.stride + head * width + i % width] * scale : 0;
+  }
+  const auto first_position = [&](int64_t position) {
+    return window > 0 ? max(static_cast<int64_t>(0), position - window + 1) : 0;
+  };
+  float most[kRowsPerWarp], total[kRowsPerWarp] = {}, sum[kRowsPerWarp][kPieces] = {};
+#pragma unroll
+  for (float& m : most) m = -INFINITY;
+  const int64_t stop = pos + first_row + rows;
+  for (int64_t begin = first_position(pos + first_row); begin < stop; begin += kKeys) {
+    __syncthreads();
+    for (int i = static_cast<int>(threadIdx.x); i < kKeys * width; i += kThreads) {
+      const int j = i / width, e = i % width;
+      const int64_t line = cache_line(cache, kv_head, min(begin + j, stop - 1)) + e;
+      keys[j * (width + 1) + e] = widen(static_cast<const T*>(cache.keys)[line]);
+      values[i] = widen(static_cast<const T*>(cache.values)[line]);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < kRowsPerWarp; ++r) {
+      const int row = warp() * kRowsPerWarp + r;
+      const int64_t position = pos + first_row + row, key = begin + lane();
+      float score = 0;
+      for (int e = 0; e < width; ++e)
+        score = fmaf(queries[row * width + e], keys[lane() * (width + 1) + e], score);
+      if (row >= rows || key > position || key < first_position(position)) score = -INFINITY;
+      const float now = Larger()(most[r], warp_reduce(score, Larger()));
+      const bool none = now == -INFINITY;
+      const float share = none ? 0 : expf(score - now), fade = none ? 1 : expf(most[r] - now);
+      total[r] = fmaf(total[r], fade, warp_reduce(share, Add()));
+      most[r] = now;
+      weight[row * kKeys + lane()] = share;
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) sum[r][p] *= fade;
+    }
+    __syncwarp();
+    for (int j = 0; j < kKeys; ++j) {
+#pragma unroll
+      for (int p = 0; p < kPieces; ++p) {
+        const int e = lane() + p * kWarp;
+        const float v = e < width ? values[j * width + e] : 0;
+#pragma unroll
+        for (int r = 0; r < kRowsPerWarp; ++r)
+          sum[r][p] = fmaf(weight[(warp() * kRowsPerWarp + r) * kKeys + j], v, sum[r][p]);
+      }
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRowsPerWarp; ++r) {
+    const int row = warp() * kRowsPerWarp + r;
+    if (row >= rows) continue;
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      const int e = lane() + p * kWarp;
+      if (e < width)
+        out.data[(first_row + row) * out.stride + head * width + e] = __fdiv_rn(sum[r][p], total[r]);
+    }
+  }
+}
+
+template <class T, int kHeads>
+void launch_one(const Stream& s, const Step& a, dim3 blocks) {
+  const bool vectors = a.cache.head_dim % 4 == 0;
+  const int64_t floats = kHeads * (a.cache.head_dim + a.per + kThreads * (vectors ? 4 : 1));
+  launch_kernel(s, vectors ? one_row_kernel<T, kHeads, 4> : one_row_kernel<T, kHeads, 1>, blocks, kThreads,
+                floats * 4, a);
+}
+
+template <class T>
+void one_row(const Stream& s, Step& a) {
+  constexpr int64_t kStretch = 64;
+  constexpr int kMostHeads = 8;
+  const int64_t count = a.pos + 1 - a.first,
+                splits = std::clamp<int64_t>((count + kStretch - 1) / kStretch, 1, kSplits);
+  a.per = (count + splits - 1) / splits;
+  a.parts = (a.group + kMostHeads - 1) / kMostHeads;
+  const dim3 blocks(static_cast<unsigned>(a.cache.kv_heads * a.parts), static_cast<unsigned>(splits));
+  CHECK(blocks.x <= kTickets &&
+        a.q.cols / a.cache.head_dim * splits * (a.cache.head_dim + 2) <= kPartialFloats);
+  if (a.group == 1) return launch_one<T, 1>(s, a, blocks);
+  if (a.group == 2) return launch_one<T, 2>(s, a, blocks);
+  if (a.group <= 4) return launch_one<T, 4>(s, a, blocks);
+  launch_one<T, 8>(s, a, blocks);
+}
+
+template <class T>
+void several_rows(const Stream& s, const Step& a, int64_t window) {
+  launch_kernel(s, append_kernel<T>, static_cast<unsigned>(a.k.rows), kThreads, 0, a.k, a.v, a.cache, a.pos);
+  const int64_t width = a.cache.head_dim;
+  const dim3 blocks(static_cast<unsigned>((a.q.rows + kQueries - 1) / kQueries),
+                    static_cast<unsigned>(a.q.cols / width));
+  const int64_t floats = (kQueries + 2 * kKeys) * width + kKeys + kQueries * kKeys;
+  auto* const kernel = width <= 32    ? rows_kernel<T, 1>
+                       : width <= 64  ? rows_kernel<T, 2>
+                       : width <= 128 ? rows_kernel<T, 4>
+                                      : rows_kernel<T, 8>;
+  launch_kernel(s, kernel, blocks, kThreads, floats * 4, a.q, a.cache, a.pos, window, a.group, a.scale,
+                a.out);
+}
+
+}  // namespace
+
+void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
+            Mat out, const Angles* at, const Scratch& scratch) {
+  Step a{q,
+         k,
+         v,
+         out,
+         cache,
+         at ? *at : Angles{},
+         scratch,
+         pos,
+         window > 0 ? std::max<int64_t>(0, pos - window + 1) : 0,
+         0,
+         static_cast<int>(q.cols / k.cols),
+         1,
+         static_cast<float>(1 / std::sqrt(static_cast<double>(cache.head_dim)))};
+  const bool half = cache.dtype == DType::f16;
+  if (q.rows == 1) return half ? one_row<__half>(s, a) : one_row<float>(s, a);
+  half ? several_rows<__half>(s, a, window) : several_rows<float>(s, a, window);
+}
+
+}  // namespace larosa::cuda

@@ -1,0 +1,97 @@
+// What kernels share: programmatic dependent launch, reductions in a fixed order, widening of stored
+// elements.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "base/types.h"
+
+namespace larosa::cuda {
+
+inline constexpr int kWarp = 32;
+
+/// Until everything that was launched before has finished. The next kernel may be set up from here on: its
+/// own start hides behind this kernel's work. Without such launches (before compute capability 9.0): nothing.
+__device__ inline void wait_for_inputs() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+__device__ inline void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+__device__ inline int lane() {
+  return static_cast<int>(threadIdx.x) % kWarp;
+}
+__device__ inline int warp() {
+  return static_cast<int>(threadIdx.x) / kWarp;
+}
+
+template <class T, class Op>
+__device__ T warp_reduce(T value, Op op) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) value = op(value, __shfl_xor_sync(~0u, value, step));
+  return value;
+}
+
+/// op over all threads of the block, in an order that depends on their number alone; `scratch`: one T per
+/// warp.
+template <int kThreads, class T, class Op>
+__device__ T block_reduce(T value, T* scratch, Op op) {
+  value = warp_reduce(value, op);
+  __syncthreads();
+  if (lane() == 0) scratch[warp()] = value;
+  __syncthreads();
+  T total = scratch[0];
+#pragma unroll
+  for (int w = 1; w < kThreads / kWarp; ++w) total = op(total, scratch[w]);
+  return total;
+}
+
+struct Add {
+  template <class T>
+  __device__ T operator()(T a, T b) const {
+    return a + b;
+  }
+};
+/// A NaN among the two wins, so that it is seen.
+struct Larger {
+  __device__ float operator()(float a, float b) const { return a >= b || isnan(a) ? a : b; }
+};
+
+__device__ inline float silu(float z) {
+  return __fdiv_rn(z, __fadd_rn(1.0f, expf(-z)));
+}
+
+/// The pair (a, b) turned by an angle.
+__device__ inline float2 rotate_pair(float a, float b, float cosine, float sine) {
+  return {fmaf(a, cosine, -__fmul_rn(b, sine)), fmaf(b, cosine, __fmul_rn(a, sine))};
+}
+
+__device__ inline float widen(float v) {
+  return v;
+}
+__device__ inline float widen(__half v) {
+  return __half2float(v);
+}
+__device__ inline float widen(__nv_bfloat16 v) {
+  return __bfloat162float(v);
+}
+__device__ inline void narrow(float v, float& to) {
+  to = v;
+}
+__device__ inline void narrow(float v, __half& to) {
+  to = __float2half_rn(v);
+}
+__device__ inline void narrow(float v, __nv_bfloat16& to) {
+  to = __float2bfloat16_rn(v);
+}
+
+}  // namespace larosa::cuda

@@ -1,0 +1,137 @@
+// The decoding product for weights in rows layout (the head, dense models as they came): dot products, two
+// rows of the weight per warp, so that the input is read from shared memory once for both.
+#include <algorithm>
+
+#include "backend/cuda/gemv_types.cuh"
+#include "backend/cuda/launch.h"
+#include "backend/cuda/select.cuh"
+#include "base/error.h"
+
+namespace larosa::cuda {
+namespace {
+
+constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kRows = 2;
+constexpr int kAhead = 4;  // vectors in flight per row
+
+struct Args {
+  const char* weight;
+  const float* bias;
+  float* y;
+  Input in;
+  int out;
+  bool accumulate, aligned;
+};
+
+/// The row, normalised where the input says so, in shared memory; sums in RegisterRow's order.
+__device__ void make_row(const Input& in, float* row, float* reduced) {
+  const int steps = (in.cols + kThreads - 1) / kThreads, first = warp() * steps * kWarp + lane();
+  float sum = 0;
+  for (int i = 0; i < steps; ++i) {
+    const int e = first + i * kWarp;
+    if (e >= in.cols) continue;
+    row[e] = __ldcg(in.x + e);
+    sum = fmaf(row[e], row[e], sum);
+  }
+  if (in.source == Source::norm) {
+    sum = block_reduce<kThreads>(sum, reduced, Add());
+    const float factor = norm_factor(sum, in.cols, in.eps);
+    for (int i = 0; i < steps; ++i) {
+      const int e = first + i * kWarp;
+      if (e >= in.cols) continue;
+      row[e] = norm_entry(row[e], factor, in.gain, e);
+      if (in.values && blockIdx.x == 0) in.values[e] = row[e];
+    }
+  }
+  __syncthreads();
+}
+
+template <class T>
+__device__ float dot_vector(const uint4& v, const float* x) {
+  float sum = 0;
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  const T* elements = reinterpret_cast<const T*>(words);
+#pragma unroll
+  for (int i = 0; i < Plain<T>::kLane; ++i) sum = fmaf(x[i], widen(elements[i]), sum);
+  return sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Args a) {
+  extern __shared__ __align__(16) float row[];
+  __shared__ float reduced[kWarps];
+  let_next_start();
+  wait_for_inputs();
+  make_row(a.in, row, reduced);
+  constexpr int kVector = Plain<T>::kLane;
+  const int64_t line = static_cast<int64_t>(a.in.cols) * static_cast<int64_t>(sizeof(T));
+  const int vectors = a.aligned ? a.in.cols / kVector : 0;
+  const int stride = static_cast<int>(gridDim.x) * kWarps * kRows;
+  for (int first = (static_cast<int>(blockIdx.x) * kWarps + warp()) * kRows; first < a.out; first += stride) {
+    float sum[kRows] = {};
+    for (int v = lane(); v < vectors; v += kAhead * kWarp) {
+      uint4 loaded[kAhead][kRows];
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          loaded[u][r] = {};
+          if (v + u * kWarp < vectors && first + r < a.out)
+            loaded[u][r] = load_stream(a.weight + (first + r) * line + (v + u * kWarp) * 16);
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kAhead; ++u) {
+        if (v + u * kWarp >= vectors) continue;
+        float x[kVector];
+        const float4* from = reinterpret_cast<const float4*>(row + (v + u * kWarp) * kVector);
+#pragma unroll
+        for (int i = 0; i < kVector / 4; ++i) {
+          const float4 four = from[i];
+          x[4 * i] = four.x;
+          x[4 * i + 1] = four.y;
+          x[4 * i + 2] = four.z;
+          x[4 * i + 3] = four.w;
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) sum[r] += dot_vector<T>(loaded[u][r], x);
+      }
+    }
+    for (int r = 0; r < kRows && first + r < a.out; ++r) {
+      const T* elements = reinterpret_cast<const T*>(a.weight + (first + r) * line);
+      for (int i = vectors * kVector + lane(); i < a.in.cols; i += kWarp)
+        sum[r] = fmaf(row[i], widen(elements[i]), sum[r]);
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float total = warp_reduce(sum[r], Add());
+      if (lane() != 0 || first + r >= a.out) continue;
+      if (a.bias) total = __fadd_rn(total, a.bias[first + r]);
+      if (a.accumulate) total = __fadd_rn(total, a.y[first + r]);
+      a.y[first + r] = total;
+    }
+  }
+}
+
+}  // namespace
+
+void gemv_rows(const Stream& s, const Input& in, const Product& product) {
+  const Weight& w = product.weight;
+  const int64_t shared = in.cols * static_cast<int64_t>(sizeof(float));
+  if (shared > s.shared_bytes) fail("cuda: a row of ", in.cols, " entries does not fit in shared memory");
+  const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.in * dtype_size(w.dtype) % 16 == 0;
+  const Args a{static_cast<const char*>(w.data),
+               w.bias,
+               product.y.data,
+               in,
+               static_cast<int>(w.out),
+               product.accumulate,
+               aligned};
+  const int blocks = std::clamp((a.out + kRows * kWarps - 1) / (kRows * kWarps), 1, s.multiprocessors);
+  if (w.dtype == DType::f32) return launch_kernel(s, rows_kernel<float>, blocks, kThreads, shared, a);
+  if (w.dtype == DType::f16) return launch_kernel(s, rows_kernel<__half>, blocks, kThreads, shared, a);
+  CHECK(w.dtype == DType::bf16);
+  launch_kernel(s, rows_kernel<__nv_bfloat16>, blocks, kThreads, shared, a);
+}
+
+}  // namespace larosa::cuda

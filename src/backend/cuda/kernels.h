@@ -1,0 +1,113 @@
+// Host side of the CUDA kernels, one launcher per operation beside its kernel. All pointers are device memory
+// unless said otherwise; everything is issued on `Stream::stream` in order and nothing waits.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <span>
+
+#include "backend/backend.h"
+
+namespace larosa::cuda {
+
+/// Where kernels go, and what the device offers.
+struct Stream {
+  cudaStream_t stream = nullptr;
+  int device = 0;
+  int multiprocessors = 0;
+  int shared_bytes = 0;    // a block's dynamic shared memory, beside kStaticShared
+  bool dependent = false;  // programmatic dependent launch (compute capability 9.0)
+};
+
+/// Room for what kernels declare themselves.
+inline constexpr int kStaticShared = 10240;
+
+/// Throws Error naming `what` for a failed call.
+void check(cudaError_t error, const char* what);
+
+/// What a product's row is made of, before anything is selected.
+enum class Source { row, norm, glu, list };
+/// Which of its entries count.
+enum class Selects { all, topk, threshold };
+
+/// A compacted row: kept entries other than +0 in the order of the index.
+struct List {
+  int32_t* index = nullptr;
+  float* value = nullptr;
+  int32_t* counts = nullptr;  // [0] entries listed, [1] entries kept
+};
+
+/// One row as a product wants it, made by the product's own blocks.
+struct Input {
+  Source source = Source::row;
+  Selects select = Selects::all;
+  int cols = 0, keep = 0;
+  float cut = 0, eps = 0;
+  const float* x = nullptr;      // row; the normalised stream's source; the gate
+  const float* up = nullptr;     // glu
+  const float* gain = nullptr;   // norm, or null
+  const float* scale = nullptr;  // score weights, or null
+  float* values = nullptr;       // where norm and glu put the row; or null
+  List list;                     // source list: read. Otherwise where the list goes, or null
+};
+
+/// Partial sums and tickets of products that several blocks share.
+struct Scratch {
+  float* partial = nullptr;    // kPartialFloats
+  uint32_t* ticket = nullptr;  // kTickets, zero between launches
+};
+inline constexpr int64_t kPartialFloats = int64_t{4096} * 1024;
+inline constexpr int64_t kTickets = 4096;
+
+/// Longest row that gemv can make itself; longer ones, and unaligned weights, need a list.
+bool gemv_fuses(const Stream& s, const Input& in, const Weight& w);
+/// True when both can be products of one launch.
+bool gemv_together(const Weight& a, const Weight& b);
+/// y (1, out) of every product; channels layout, types as gemv_together says, at most kMostProducts.
+inline constexpr int kMostProducts = 4;
+void gemv(const Stream& s, const Input& in, std::span<const Product> products, const Scratch& scratch);
+/// The same for one weight in rows layout.
+void gemv_rows(const Stream& s, const Input& in, const Product& product);
+
+/// Selection of (rows, cols): one row to `list`; several to `masked` (rows, cols) and `kept` (rows).
+void select(const Stream& s, Mat x, const Input& rule, const List& list, float* masked, int32_t* kept);
+void expand_list(const Stream& s, const List& list, int64_t cols, float* y);
+
+void embed(const Stream& s, const Weight& table, const int32_t* tokens, int32_t only, Mat x);
+void rms_norm(const Stream& s, Mat x, const float* gain, float eps, Mat y);
+void glu(const Stream& s, Mat gate, Mat up, Mat mid);
+void log_softmax(const Stream& s, Mat x);
+
+/// cosine and sine (rows, half) of float(pos + t) · inv_freq[i], as the models were trained with.
+struct Angles {
+  float* cosine = nullptr;
+  float* sine = nullptr;
+};
+void angles(const Stream& s, int64_t pos, int64_t rows, int64_t half, const float* inv_freq,
+            const Angles& to);
+void rope(const Stream& s, Mat q, Mat k, int64_t head_dim, const Angles& at);
+
+/// One layer of a cache: keys and values (kv_heads, capacity, head_dim).
+struct CacheLayer {
+  void* keys = nullptr;
+  void* values = nullptr;
+  DType dtype = DType::f32;
+  int64_t kv_heads = 0, head_dim = 0, capacity = 0;
+};
+/// Appends k, v and attends. One row: q and k are rotated by `at` on the way when it is given.
+void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
+            Mat out, const Angles* at, const Scratch& scratch);
+/// Floats of Scratch::partial that attend takes at most for one row; tickets: one per query head.
+inline constexpr int64_t kSplits = 64;
+
+/// Elements [first, first + count) of the outputs of `w`, as f32 or bf16, all inputs: rows layout (count, in)
+/// with `pitch` elements a line, channels (in, count). What pitch leaves over is zero.
+void widen_weight(const Stream& s, const Weight& w, int64_t first, int64_t count, bool bf16, int64_t pitch,
+                  void* to);
+/// x (rows, cols) rounded to bf16, lines of `pitch`, the rest zero.
+void round_rows(const Stream& s, Mat x, int64_t pitch, void* to);
+/// y[t] = bias (+ y[t] when accumulate)
+void start_rows(const Stream& s, const float* bias, bool accumulate, Mat y);
+
+}  // namespace larosa::cuda

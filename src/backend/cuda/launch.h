@@ -1,0 +1,37 @@
+// One way to launch a kernel, for .cu files.
+#pragma once
+
+#include <bitset>
+
+#include "backend/cuda/kernels.h"
+
+namespace larosa::cuda {
+
+template <class... Params>
+void launch_kernel(const Stream& s, void (*kernel)(Params...), dim3 blocks, dim3 threads, int64_t shared,
+                   const Params&... params) {
+  constexpr int64_t kUsual = 36 << 10;  // a block has 48 KB unless it asks for more
+  constexpr size_t kDevices = 64;
+  if (shared > kUsual) {
+    static std::bitset<kDevices> asked;  // per kernel
+    if (!asked[static_cast<size_t>(s.device)]) {
+      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes),
+            "shared memory");
+      asked[static_cast<size_t>(s.device)] = true;
+    }
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = s.stream;
+  config.attrs = &attribute;
+  config.numAttrs = s.dependent ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, params...), "launch");
+}
+
+}  // namespace larosa::cuda
