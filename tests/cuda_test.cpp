@@ -1,0 +1,451 @@
+// Every operation of the CUDA backend against `ref` on the shared case list, the laws, and whole models against the
+// cpu backend. Label gpu; skipped where no device is.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "calib/sparsify.h"
+#include "device.h"
+#include "larosa/engine.h"
+#include "model_fixture.h"
+
+namespace larosa {
+namespace {
+
+using namespace cases;
+
+class Cuda : public testing::Test {
+ protected:
+  static void SetUpTestSuite() { shared() = find_cuda(); }
+  static void TearDownTestSuite() { shared().reset(); }
+  void SetUp() override {
+    if (!shared()) GTEST_SKIP() << "no CUDA device: not tested";
+  }
+  static std::unique_ptr<Backend>& shared() {
+    static std::unique_ptr<Backend> backend;
+    return backend;
+  }
+  Backend& cuda() { return *shared(); }
+  const std::unique_ptr<Backend> ref_ = make_ref_backend();
+};
+
+/// body(case, its operands on the device) for every shape, type, layout, aligned or not.
+template <class Body>
+void each_product(Backend& cuda, int64_t rows, bool extra, const Body& body) {
+  std::vector<Shape> shapes = kShapes;
+  shapes.push_back({4096, 1024});
+  shapes.push_back({11008, 512});
+  for (const Shape s : shapes) {
+    for (const DType dtype : kTypes) {
+      for (const Layout layout : kLayouts) {
+        const ProductCase c(rows, s, dtype, layout, extra, extra);
+        for (const bool aligned : {true, false}) {
+          SCOPED_TRACE(std::to_string(s.in) + "→" + std::to_string(s.out) + " " + dtype_name(dtype) +
+                       (layout == Layout::rows ? " rows" : " channels") + (aligned ? "" : " unaligned"));
+          DeviceCase device(cuda, c, aligned);
+          body(c, device, s);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Cuda, GemvMatchesTruth) {
+  for (const bool extra : {false, true}) {
+    each_product(cuda(), 1, extra, [&](const ProductCase& c, DeviceCase& device, Shape s) {
+      ProductCase size(1, s, c.weights[0].weight.dtype, c.weights[0].weight.layout, extra, extra);
+      size.absolute_all();
+      EXPECT_LE(worst_ratio(device.run(), c.run(*ref_), size.run(*ref_), sum_bound(s.in)), 1);
+    });
+  }
+}
+
+TEST_F(Cuda, SparseEqualsDenseOfMaskedRow) {
+  each_product(cuda(), 1, true, [&](const ProductCase&, DeviceCase& device, Shape s) {
+    const auto kept = cuda().make_selection(1, s.in);
+    for (const int64_t keep : keeps(s.in)) {
+      cuda().topk(device.x.mat, nullptr, keep, *kept);
+      const auto fused = device.run_sparse(*kept), listed = device.run_sparse(*kept);
+      const DeviceRows masked(cuda(), Rows(1, s.in));
+      cuda().expand(*kept, masked.mat);
+      const auto dense = device.run(masked.mat);
+      for (size_t p = 0; p < fused.size(); ++p) {
+        EXPECT_EQ(bits_differ(fused[p].mat, dense[p].mat), 0) << keep;
+        EXPECT_EQ(bits_differ(fused[p].mat, listed[p].mat), 0) << keep;
+      }
+      if (keep != s.in) continue;
+      const auto all = device.run();
+      for (size_t p = 0; p < all.size(); ++p) EXPECT_EQ(bits_differ(fused[p].mat, all[p].mat), 0);
+    }
+  });
+}
+
+TEST_F(Cuda, MatmulMatchesTruth) {
+  for (const Products arithmetic : {Products::f32, Products::bf16}) {
+    const auto backend = find_cuda(arithmetic);
+    for (const int64_t rows : {2, 17}) {
+      for (const Shape s : kShapes) {
+        if (rows * s.in * s.out > 3'000'000) continue;
+        for (const DType dtype : kTypes) {
+          for (const Layout layout : kLayouts) {
+            const bool extra = (rows + s.in) % 2 == 0;
+            const ProductCase c(rows, s, dtype, layout, extra, extra);
+            ProductCase size(rows, s, dtype, layout, extra, extra);
+            size.absolute_all();
+            DeviceCase device(*backend, c, rows == 2);
+            const double bound = sum_bound(s.in) + (arithmetic == Products::bf16 ? 4 * 0x1p-8 + 0x1p-15 : 0);
+            EXPECT_LE(worst_ratio(device.run(), c.run(*ref_), size.run(*ref_), bound), 1)
+                << rows << " rows " << s.in << "→" << s.out << " " << dtype_name(dtype)
+                << (layout == Layout::rows ? " rows " : " channels ") << (arithmetic == Products::bf16);
+          }
+        }
+      }
+    }
+  }
+}
+
+/// What waits for a product must be there when somebody else asks for it.
+TEST_F(Cuda, WaitingRowsAreSeen) {
+  Random random(3);
+  const int64_t n = 384;
+  const Rows x = Rows(1, n).fill(random), up = Rows(1, n).fill(random), blank(1, n);
+  const StoredWeight w(DType::bf16, Layout::channels, n, 256, false, random);
+  const DeviceWeight weight(cuda(), w.weight, true);
+  const DeviceRows dx(cuda(), x), dup(cuda(), up), y(cuda(), Rows(1, 256)), again(cuda(), Rows(1, 256));
+  for (const bool gated : {false, true}) {
+    const DeviceRows h(cuda(), blank), alone(cuda(), blank);
+    const auto make = [&](Mat to) {
+      gated ? cuda().glu(dx.mat, dup.mat, to) : cuda().rms_norm(dx.mat, nullptr, 1e-5f, to);
+    };
+    make(alone.mat);
+    const Rows expected = alone.back();  // made by a kernel of its own
+    const Product product{weight.weight, y.mat, false}, second{weight.weight, again.mat, false};
+    make(h.mat);
+    cuda().matmul(h.mat, std::span(&product, 1));
+    EXPECT_EQ(bits_differ(h.back().mat, expected.mat), 0);
+    const auto kept = cuda().make_selection(1, n);
+    make(h.mat);
+    cuda().topk(h.mat, nullptr, 100, *kept);
+    cuda().sparse_matmul(*kept, std::span(&product, 1));
+    EXPECT_EQ(cuda().count(*kept), 100);
+    EXPECT_EQ(bits_differ(h.back().mat, expected.mat), 0);
+    cuda().topk(alone.mat, nullptr, 100, *kept);
+    EXPECT_EQ(cuda().count(*kept), 100);  // flushed: a kernel of its own
+    cuda().sparse_matmul(*kept, std::span(&second, 1));
+    EXPECT_EQ(bits_differ(y.back().mat, again.back().mat), 0);
+  }
+}
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+constexpr float kTiny = std::numeric_limits<float>::denorm_min();
+
+/// Random, ties, equal, zeros, special values, wide range.
+Rows hard_rows(int64_t n, Random& random) {
+  Rows rows(6, n);
+  const float special[] = {0.0f, -0.0f, kTiny, -kTiny, 3 * kTiny, kInf, -kInf, kNan, -kNan, 1.0f, -1.0f, 1e30f};
+  for (int64_t i = 0; i < n; ++i) {
+    rows.mat.row(0)[i] = random.normal();
+    rows.mat.row(1)[i] = static_cast<float>(random.below(5)) - 2;
+    rows.mat.row(2)[i] = -2.5f;
+    rows.mat.row(3)[i] = i % 2 ? 0.0f : -0.0f;
+    rows.mat.row(4)[i] = special[random.below(std::size(special))];
+    rows.mat.row(5)[i] = random.normal() * std::exp(20 * random.normal());
+  }
+  return rows;
+}
+
+TEST_F(Cuda, SelectionsMatchRef) {
+  Random random(11);
+  for (const int64_t n : {1, 2, 33, 257, 4096, 4099, 14336, 33000}) {
+    const Rows x = hard_rows(n, random);
+    std::vector<float> scale(static_cast<size_t>(n));
+    for (float& s : scale) s = std::fabs(random.normal());
+    const DeviceRows device(cuda(), x);
+    const DeviceFloats device_scale(cuda(), scale);
+    const auto kept = cuda().make_selection(6, n), expected = ref_->make_selection(6, n);
+    const auto compare = [&](int64_t first, int64_t rows) {
+      const Rows truth(rows, n);
+      ref_->expand(*expected, truth.mat);
+      const DeviceRows found(cuda(), Rows(rows, n));
+      cuda().expand(*kept, found.mat);
+      EXPECT_EQ(cuda().count(*kept), ref_->count(*expected));
+      EXPECT_EQ(bits_differ(found.back().mat, truth.mat), 0) << n << " rows " << rows << " from " << first;
+    };
+    const auto each = [&](const auto& body) {
+      body(0, 6);
+      for (int64_t t = 0; t < 6; ++t) body(t, 1);
+    };
+    for (const bool scaled : {false, true}) {
+      const float* there = scaled ? device_scale.get() : nullptr;
+      const float* here = scaled ? scale.data() : nullptr;
+      each([&](int64_t first, int64_t rows) {
+        for (const int64_t keep : keeps(n)) {
+          cuda().topk(device.mat.slice(first, rows), there, keep, *kept);
+          ref_->topk(x.mat.slice(first, rows), here, keep, *expected);
+          compare(first, rows);
+        }
+        for (const float cut : {-1.0f, -0.0f, 0.0f, kTiny, 0.7f, kInf}) {
+          cuda().threshold(device.mat.slice(first, rows), there, cut, *kept);
+          ref_->threshold(x.mat.slice(first, rows), here, cut, *expected);
+          compare(first, rows);
+        }
+      });
+    }
+  }
+}
+
+/// The selection that a product's own blocks make is the one of the kernel: the list is written down by the first.
+TEST_F(Cuda, FusedSelectionsMatchRef) {
+  Random random(12);
+  for (const int64_t n : {33, 4096, 11008, 14336, 18944}) {
+    const Rows x = hard_rows(n, random);
+    std::vector<float> scale(static_cast<size_t>(n));
+    for (float& s : scale) s = std::fabs(random.normal());
+    const DeviceRows device(cuda(), x);
+    const DeviceFloats device_scale(cuda(), scale);
+    const StoredWeight w(DType::bf16, Layout::channels, n, 64, false, random);
+    const DeviceWeight weight(cuda(), w.weight, true);
+    const DeviceRows y(cuda(), Rows(1, 64));
+    const Product product{weight.weight, y.mat, false};
+    const auto kept = cuda().make_selection(1, n), expected = ref_->make_selection(1, n);
+    for (int64_t t = 0; t < 6; ++t) {
+      for (const bool scaled : {false, true}) {
+        for (const int64_t keep : keeps(n)) {
+          cuda().topk(device.mat.slice(t, 1), scaled ? device_scale.get() : nullptr, keep, *kept);
+          cuda().sparse_matmul(*kept, std::span(&product, 1));
+          ref_->topk(x.mat.slice(t, 1), scaled ? scale.data() : nullptr, keep, *expected);
+          const Rows truth(1, n);
+          ref_->expand(*expected, truth.mat);
+          const DeviceRows found(cuda(), Rows(1, n));
+          cuda().expand(*kept, found.mat);
+          EXPECT_EQ(cuda().count(*kept), keep);
+          EXPECT_EQ(bits_differ(found.back().mat, truth.mat), 0) << n << " row " << t << " keep " << keep;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(Cuda, NormGluEmbedMatchRef) {
+  Random random(2);
+  for (const int64_t dim : {1, 3, 33, 128, 768, 4099}) {
+    for (const int64_t rows : kRows) {
+      const Rows x = Rows(rows, dim).fill(random, 20), up = Rows(rows, dim).fill(random), truth(rows, dim);
+      std::vector<float> gain(static_cast<size_t>(dim));
+      for (float& g : gain) g = random.normal();
+      const DeviceFloats device_gain(cuda(), gain);
+      const DeviceRows dx(cuda(), x), dup(cuda(), up), y(cuda(), Rows(rows, dim));
+      const auto expect_near = [&](double bound) {
+        const Rows found = y.back();
+        EXPECT_TRUE(found.gaps_intact());
+        for (int64_t t = 0; t < rows; ++t) {
+          for (int64_t i = 0; i < dim; ++i) {
+            EXPECT_LE(std::fabs(double{found.at(t, i)} - truth.at(t, i)), bound * std::fabs(truth.at(t, i)) + 1e-37);
+          }
+        }
+      };
+      cuda().rms_norm(dx.mat, device_gain.get(), 1e-5f, y.mat);
+      ref_->rms_norm(x.mat, gain.data(), 1e-5f, truth.mat);
+      expect_near(sum_bound(64) / 2 + 4 * kUnit);
+      cuda().glu(dx.mat, dup.mat, y.mat);
+      ref_->glu(x.mat, up.mat, truth.mat);
+      expect_near(6 * kUnit);
+      std::vector<int32_t> tokens;
+      for (int64_t t = 0; t < rows; ++t) tokens.push_back(static_cast<int32_t>(random.below(9)));
+      for (const DType dtype : kTypes) {
+        const StoredWeight table(dtype, Layout::rows, dim, 9, false, random);
+        const DeviceWeight device(cuda(), table.weight, true);
+        cuda().embed(device.weight, tokens, y.mat);
+        ref_->embed(table.weight, tokens, truth.mat);
+        EXPECT_EQ(bits_differ(y.back().mat, truth.mat), 0);
+      }
+    }
+  }
+}
+
+TEST_F(Cuda, SoftmaxMatchesRef) {
+  Random random(7);
+  for (const int64_t n : {1, 33, 1025, 32003}) {
+    const Rows x = Rows(3, n).fill(random, 5), truth(x);
+    const DeviceRows device(cuda(), x);
+    cuda().log_softmax(device.mat);
+    ref_->log_softmax(truth.mat);
+    const Rows found = device.back();
+    EXPECT_TRUE(found.gaps_intact());
+    for (int64_t t = 0; t < 3; ++t) {
+      for (int64_t i = 0; i < n; ++i) {
+        const double bound = sum_bound(128) + 4 * kUnit + 2 * kUnit * std::fabs(truth.at(t, i));
+        EXPECT_LE(std::fabs(double{found.at(t, i)} - truth.at(t, i)), bound);
+      }
+    }
+  }
+}
+
+TEST_F(Cuda, RopeMatchesRef) {
+  Random random(4);
+  for (const int64_t width : {2, 6, 64, 128}) {
+    std::vector<float> inv_freq;
+    for (int64_t i = 0; i < width / 2; ++i)
+      inv_freq.push_back(static_cast<float>(std::pow(10000.0, -2.0 * double(i) / double(width))));
+    const DeviceFloats there(cuda(), inv_freq);
+    for (const int64_t rows : {1, 17}) {
+      for (const int64_t pos : {0, 5, 100000}) {
+        const Rows q = Rows(rows, 4 * width).fill(random), k = Rows(rows, 2 * width).fill(random), q1(q), k1(k);
+        const DeviceRows dq(cuda(), q), dk(cuda(), k);
+        cuda().rope(dq.mat, dk.mat, width, pos, there.get());
+        ref_->rope(q1.mat, k1.mat, width, pos, inv_freq.data());
+        const Rows fq = dq.back(), fk = dk.back();
+        for (const auto& [got, truth, start] : {std::tie(fq, q1, q), std::tie(fk, k1, k)}) {
+          EXPECT_TRUE(got.gaps_intact());
+          for (int64_t t = 0; t < rows; ++t) {
+            for (int64_t i = 0; i < got.mat.cols; ++i) {
+              const int64_t partner = i % width < width / 2 ? i + width / 2 : i - width / 2;
+              const double length = std::hypot(start.at(t, i), start.at(t, partner));
+              EXPECT_LE(std::fabs(double{got.at(t, i)} - truth.at(t, i)), 4 * kUnit * length) << width;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+struct AttendCase {
+  int64_t heads, kv_heads, width, window;
+  std::vector<int64_t> steps;  // rows of each call, one after another
+};
+const AttendCase kAttendCases[] = {
+    {1, 1, 2, 0, {1, 1, 1}},           {4, 2, 20, 0, {3, 1, 17, 1}},     {6, 2, 64, 0, {64, 1, 2, 17}},
+    {2, 2, 33, 5, {7, 1, 30, 1}},      {4, 1, 16, 100, {300, 1, 70, 1}}, {2, 1, 64, 0, {1100, 1, 200, 1, 1}},
+    {2, 1, 16, 300, {1500, 1, 3, 64}}, {24, 2, 128, 0, {130, 1, 1}},     {8, 1, 256, 0, {70, 1}},
+    {2, 2, 128, 0, {4200, 1}},
+};
+
+/// With and without the rotation that waits for attention.
+TEST_F(Cuda, AttendMatchesRef) {
+  for (const AttendCase& c : kAttendCases) {
+    for (const DType dtype : {DType::f32, DType::f16}) {
+      Random random(8);
+      int64_t total = 0;
+      for (int64_t rows : c.steps) total += rows;
+      const KvShape shape{2, c.kv_heads, c.width, total, dtype};
+      const auto cache = cuda().make_kv_cache(shape), truth_cache = ref_->make_kv_cache(shape);
+      std::vector<float> inv_freq;
+      for (int64_t i = 0; i < c.width / 2; ++i) inv_freq.push_back(1.0f / static_cast<float>(1 + 3 * i));
+      const DeviceFloats there(cuda(), inv_freq);
+      // A score errs by sum_bound(E) of Σ|q·k|/√E and a unit of f16 where a rotated key falls on the other side of
+      // a rounding, the values' mean likewise.
+      const double half = dtype == DType::f16 ? 0x1p-11 : 0;
+      const double score = (sum_bound(c.width) + half) * 8 * 1.5 * std::sqrt(double(c.width));
+      const double bound = 6 * (2 * score + 2 * sum_bound(256) + 8 * (double(total) / 64 + 1) * kUnit);
+      int64_t pos = 0;
+      for (const int64_t rows : c.steps) {
+        for (const int64_t layer : {0, 1}) {
+          const bool turn = layer == 1 && c.width % 2 == 0;
+          const Rows q = Rows(rows, c.heads * c.width).fill(random, 1.5f);
+          const Rows k = Rows(rows, c.kv_heads * c.width).fill(random), v = Rows(k).fill(random);
+          const DeviceRows dq(cuda(), q), dk(cuda(), k), dv(cuda(), v), out(cuda(), Rows(rows, c.heads * c.width));
+          const Rows truth(rows, c.heads * c.width);
+          if (turn) {
+            cuda().rope(dq.mat, dk.mat, c.width, pos, there.get());
+            ref_->rope(q.mat, k.mat, c.width, pos, inv_freq.data());
+          }
+          cuda().attend(dq.mat, dk.mat, dv.mat, *cache, layer, pos, c.window, out.mat);
+          ref_->attend(q.mat, k.mat, v.mat, *truth_cache, layer, pos, c.window, truth.mat);
+          const Rows found = out.back();
+          EXPECT_TRUE(found.gaps_intact());
+          double worst = 0;
+          for (int64_t t = 0; t < rows; ++t) {
+            for (int64_t i = 0; i < found.mat.cols; ++i) {
+              const double error = std::fabs(double{found.at(t, i)} - truth.at(t, i));
+              worst = error <= worst ? worst : error;
+            }
+          }
+          EXPECT_LE(worst, bound) << "heads " << c.heads << " width " << c.width << " rows " << rows;
+        }
+        pos += rows;
+      }
+    }
+  }
+}
+
+/// Models of the repository and, where the data folder is set, the larger trained ones; the demo model also
+/// sparsified.
+class CudaModel : public Cuda {
+ protected:
+  static std::vector<std::string> models() {
+    std::vector<std::string> dirs = tiny_models();
+    dirs.push_back(demo_model());
+    if (const char* data = std::getenv("LAROSA_TEST_DATA")) {
+      for (const char* name : {"stories260k", "mix-88m"}) dirs.push_back(std::string(data) + "/models/" + name);
+    }
+    return dirs;
+  }
+};
+
+TEST_F(CudaModel, LogitsMatchTheCpu) {
+  ThreadPool pool(0);
+  const auto cpu = make_cpu_backend({}, pool);
+  for (const std::string& dir : models()) {
+    SCOPED_TRACE(dir);
+    const Model model = load_model(dir);
+    Model placed = load_model(dir);
+    place(placed, cuda());
+    const auto tokens = some_tokens(model.config.vocab, std::min<size_t>(70, size_t(model.config.context)));
+    const auto expected = all_logits(model, *cpu, tokens, tokens.size());
+    for (const size_t chunk : {tokens.size(), size_t{7}, size_t{1}}) {
+      const auto found = all_logits(placed, cuda(), tokens, chunk);
+      EXPECT_LT(relative_rms(found, expected), 1e-4) << chunk << " at once";
+      EXPECT_EQ(found, all_logits(placed, cuda(), tokens, chunk)) << "two runs differ, " << chunk << " at once";
+    }
+  }
+}
+
+TEST_F(CudaModel, SparsifiedLogitsMatchTheCpu) {
+  ThreadPool pool(0);
+  const auto cpu = make_cpu_backend({}, pool);
+  const Model demo = load_model(demo_model());
+  const auto calibration = some_tokens(demo.config.vocab, 512, 3);
+  for (const Form form : {Form::folded, Form::simulate}) {
+    TemporaryDir dir;
+    SparsifyOptions options;
+    options.source = demo_model();
+    options.output = dir / "sparse";
+    options.choice.sparsity = 0.5;
+    options.choice.form = form;
+    options.progress = false;
+    sparsify(options, calibration, 128, *cpu, pool);
+    const Model model = load_model(dir / "sparse");
+    Model placed = load_model(dir / "sparse");
+    place(placed, cuda());
+    const auto tokens = some_tokens(model.config.vocab, 40);
+    for (const size_t chunk : {tokens.size(), size_t{1}}) {
+      const auto expected = all_logits(model, *cpu, tokens, chunk), found = all_logits(placed, cuda(), tokens, chunk);
+      // A score next to the cut may fall on the other side: one channel of one token.
+      EXPECT_LT(relative_rms(found, expected), 2e-2);
+    }
+  }
+}
+
+TEST_F(CudaModel, GreedyTextIsTheCpus) {
+  for (const std::string& dir : models()) {
+    if (!std::filesystem::exists(dir + "/tokenizer.json") && !std::filesystem::exists(dir + "/tokenizer.model"))
+      continue;
+    SCOPED_TRACE(dir);
+    EngineOptions options;
+    const Engine cpu(dir, options);
+    options.device = "cuda";
+    const Engine gpu(dir, options);
+    SessionOptions greedy;
+    greedy.sampling.temperature = 0;
+    const auto prompt = cpu.encode("Once upon a time there was");
+    Session a(cpu, greedy), b(gpu, greedy);
+    EXPECT_EQ(b.generate(prompt, 100, {}, true).text, a.generate(prompt, 100, {}, true).text);
+  }
+}
+
+}  // namespace
+}  // namespace larosa
