@@ -3,7 +3,7 @@
 
 #include <gtest/gtest.h>
 
-#include <optional>
+#include <cstring>
 #include <vector>
 
 #include "backend/devices.h"

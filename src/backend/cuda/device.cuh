@@ -84,6 +84,27 @@ __device__ inline float widen(__half v) {
 __device__ inline float widen(__nv_bfloat16 v) {
   return __bfloat162float(v);
 }
+/// Value i of a line, by stored type. `padded`: values that the line has room for (quantised lines, base/quant.h).
+template <class T>
+struct Elements {
+  __device__ static float read(const char* line, int64_t i, int64_t) {
+    return widen(reinterpret_cast<const T*>(line)[i]);
+  }
+};
+struct Int8Line {
+  __device__ static float read(const char* line, int64_t i, int64_t padded) {
+    const float scale = widen(reinterpret_cast<const __half*>(line + padded)[i / 128]);
+    return __fmul_rn(scale, static_cast<float>(reinterpret_cast<const int8_t*>(line)[i]));
+  }
+};
+struct Int4Line {
+  __device__ static float read(const char* line, int64_t i, int64_t padded) {
+    const float scale = widen(reinterpret_cast<const __half*>(line + padded / 2)[i / 32]);
+    const uint32_t word = reinterpret_cast<const uint32_t*>(line)[i / 128 * 16 + i % 16];
+    return __fmul_rn(scale, static_cast<float>(static_cast<int>(word >> (i % 128 / 16 * 4) & 15) - 8));
+  }
+};
+
 __device__ inline void narrow(float v, float& to) {
   to = v;
 }

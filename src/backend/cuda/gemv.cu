@@ -7,6 +7,7 @@
 #include "backend/cuda/launch.h"
 #include "backend/cuda/select.cuh"
 #include "base/error.h"
+#include "base/quant.h"
 
 namespace larosa::cuda {
 namespace {
@@ -220,9 +221,11 @@ struct Format {
   bool aligned;
 };
 Format format_of(const Weight& w) {
+  const bool base = reinterpret_cast<uintptr_t>(w.data) % 16 == 0;
+  if (w.dtype == DType::int8) return {kWarp * Bytes::kLane, padded_line(w.out), base};
+  if (w.dtype == DType::int4) return {kWarp * Nibbles::kLane, padded_line(w.out), base};
   const int64_t size = dtype_size(w.dtype);
-  const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.out * size % 16 == 0;
-  return {static_cast<int>(kWarp * 16 / size), w.out, aligned};
+  return {static_cast<int>(kWarp * 16 / size), w.out, base && w.out * size % 16 == 0};
 }
 
 int64_t fused_bytes(const Input& in) {
@@ -268,7 +271,7 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, c
     a.part[a.parts++] = {static_cast<const char*>(p.weight.data),
                          p.weight.bias,
                          p.y.data,
-                         p.weight.bytes() / p.weight.in,
+                         p.weight.line_bytes(),
                          f.padded,
                          static_cast<int>(p.weight.out),
                          a.tiles,
@@ -278,6 +281,7 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, c
   CHECK(a.tiles + std::max(s.multiprocessors, a.tiles / kWarps + 1) <= kTickets);
   const Weight& w = products[0].weight;
   if (!format_of(w).aligned) {
+    CHECK(!quantised(w.dtype));  // their memory is always aligned
     if (w.dtype == DType::f32) return launch<Unaligned<float>, 0>(s, a, 0);
     if (w.dtype == DType::f16) return launch<Unaligned<__half>, 0>(s, a, 0);
     return launch<Unaligned<__nv_bfloat16>, 0>(s, a, 0);
@@ -289,6 +293,10 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, c
       return launch_items<Plain<__half>>(s, a);
     case DType::bf16:
       return launch_items<Plain<__nv_bfloat16>>(s, a);
+    case DType::int8:
+      return launch_items<Bytes>(s, a);
+    case DType::int4:
+      return launch_items<Nibbles>(s, a);
     default:
       CHECK(false);
   }

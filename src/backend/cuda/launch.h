@@ -1,7 +1,8 @@
 // One way to launch a kernel, for .cu files.
 #pragma once
 
-#include <bitset>
+#include <set>
+#include <utility>
 
 #include "backend/cuda/kernels.h"
 
@@ -11,14 +12,12 @@ template <class... Params>
 void launch_kernel(const Stream& s, void (*kernel)(Params...), dim3 blocks, dim3 threads, int64_t shared,
                    const Params&... params) {
   constexpr int64_t kUsual = 36 << 10;  // a block has 48 KB unless it asks for more
-  constexpr size_t kDevices = 64;
   if (shared > kUsual) {
-    static std::bitset<kDevices> asked;  // per kernel
-    if (!asked[static_cast<size_t>(s.device)]) {
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes),
+    static std::set<std::pair<int, const void*>> asked;  // kernels of these parameters
+    const void* const function = reinterpret_cast<const void*>(kernel);
+    if (asked.emplace(s.device, function).second) {
+      check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes),
             "shared memory");
-      asked[static_cast<size_t>(s.device)] = true;
     }
   }
   cudaLaunchAttribute attribute{};

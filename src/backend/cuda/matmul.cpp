@@ -70,12 +70,11 @@ void Matmul::run(Mat x, const Product& product, Products arithmetic) {
 
 /// The outputs [first, first + count) of a weight as the library takes them: as they lie where they can.
 Matmul::Operand Matmul::weight(const Weight& w, int64_t first, int64_t count, bool bf16) {
-  const int64_t line = w.layout == Layout::rows ? w.in : w.out, size = dtype_size(w.dtype);
-  const char* data =
-      static_cast<const char*>(w.data) + (w.layout == Layout::rows ? first * w.in : first) * size;
-  const bool direct = w.dtype == (bf16 ? DType::bf16 : DType::f32) &&
-                      (!bf16 || (reinterpret_cast<uintptr_t>(data) % 16 == 0 && line * size % 16 == 0));
-  if (direct) return {data, line};
+  if (w.dtype == (bf16 ? DType::bf16 : DType::f32)) {
+    const int64_t line = w.line_length(), size = dtype_size(w.dtype);
+    const char* data = static_cast<const char*>(w.data) + (w.layout == Layout::rows ? first * w.in : first) * size;
+    if (!bf16 || (reinterpret_cast<uintptr_t>(data) % 16 == 0 && line * size % 16 == 0)) return {data, line};
+  }
   const int64_t pitch = padded(w.layout == Layout::rows ? w.in : count);
   const int64_t lines = w.layout == Layout::rows ? count : w.in;
   void* to = weight_.at_least(lines * pitch * (bf16 ? 2 : 4));

@@ -1,10 +1,9 @@
-// Operands of matrix products: weights widened or rounded to what the library multiplies, activations
-// rounded.
+// Operands of matrix products: weights widened or rounded to what the library multiplies, activations rounded.
 #include <algorithm>
 
-#include "backend/cuda/device.cuh"
 #include "backend/cuda/launch.h"
-#include "base/error.h"
+#include "backend/cuda/stored.cuh"
+#include "base/quant.h"
 
 namespace larosa::cuda {
 namespace {
@@ -12,35 +11,30 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int64_t kMostLines = 65535;
 
-/// to (lines, pitch) = from (lines, width) with `stride` elements between its lines; the rest zero.
-template <class From, class To>
-__global__ void __launch_bounds__(kThreads)
-    widen_kernel(const From* from, int64_t stride, int64_t lines, int64_t width, int64_t pitch, To* to) {
+/// Lines of stored values, of which [first, first + width) are wanted.
+struct Lines {
+  const char* data;
+  int64_t bytes, padded, count, first, width;
+};
+
+/// to (count, pitch) = the lines' values; what pitch leaves over is zero.
+template <class Line, class To>
+__global__ void __launch_bounds__(kThreads) widen_kernel(Lines from, int64_t pitch, To* to) {
   let_next_start();
   wait_for_inputs();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= pitch) return;
-  for (int64_t line = blockIdx.y; line < lines; line += gridDim.y) {
-    narrow(i < width ? widen(from[line * stride + i]) : 0.0f, to[line * pitch + i]);
+  for (int64_t line = blockIdx.y; line < from.count; line += gridDim.y) {
+    const float v = i < from.width ? Line::read(from.data + line * from.bytes, from.first + i, from.padded) : 0.0f;
+    narrow(v, to[line * pitch + i]);
   }
 }
 
-template <class From, class To>
-void convert(const Stream& s, const From* from, int64_t stride, int64_t lines, int64_t width, int64_t pitch,
-             To* to) {
+template <class Line, class To>
+void convert(const Stream& s, const Lines& from, int64_t pitch, To* to) {
   const dim3 blocks(static_cast<unsigned>((pitch + kThreads - 1) / kThreads),
-                    static_cast<unsigned>(std::min(lines, kMostLines)));
-  launch_kernel(s, widen_kernel<From, To>, blocks, kThreads, 0, from, stride, lines, width, pitch, to);
-}
-
-template <class From>
-void convert_weight(const Stream& s, const Weight& w, int64_t first, int64_t count, bool bf16, int64_t pitch,
-                    void* to) {
-  const bool rows = w.layout == Layout::rows;
-  const From* from = static_cast<const From*>(w.data) + (rows ? first * w.in : first);
-  const int64_t stride = rows ? w.in : w.out, lines = rows ? count : w.in, width = rows ? w.in : count;
-  if (bf16) return convert(s, from, stride, lines, width, pitch, static_cast<__nv_bfloat16*>(to));
-  convert(s, from, stride, lines, width, pitch, static_cast<float*>(to));
+                    static_cast<unsigned>(std::min(from.count, kMostLines)));
+  launch_kernel(s, widen_kernel<Line, To>, blocks, kThreads, 0, from, pitch, to);
 }
 
 __global__ void __launch_bounds__(kThreads) start_kernel(const float* bias, bool accumulate, Mat y) {
@@ -56,15 +50,22 @@ __global__ void __launch_bounds__(kThreads) start_kernel(const float* bias, bool
 
 void widen_weight(const Stream& s, const Weight& w, int64_t first, int64_t count, bool bf16, int64_t pitch,
                   void* to) {
-  if (w.dtype == DType::f32) return convert_weight<float>(s, w, first, count, bf16, pitch, to);
-  if (w.dtype == DType::f16) return convert_weight<__half>(s, w, first, count, bf16, pitch, to);
-  CHECK(w.dtype == DType::bf16);
-  convert_weight<__nv_bfloat16>(s, w, first, count, bf16, pitch, to);
+  const bool rows = w.layout == Layout::rows;
+  const Lines from{static_cast<const char*>(rows ? w.line(first) : w.data),
+                   w.line_bytes(),
+                   padded_line(w.line_length()),
+                   rows ? count : w.in,
+                   rows ? 0 : first,
+                   rows ? w.in : count};
+  with_lines(w.dtype, [&]<class Line>(Line) {
+    bf16 ? convert<Line>(s, from, pitch, static_cast<__nv_bfloat16*>(to))
+         : convert<Line>(s, from, pitch, static_cast<float*>(to));
+  });
 }
 
 void round_rows(const Stream& s, Mat x, int64_t pitch, void* to) {
-  convert(s, static_cast<const float*>(x.data), x.stride, x.rows, x.cols, pitch,
-          static_cast<__nv_bfloat16*>(to));
+  const Lines from{reinterpret_cast<const char*>(x.data), x.stride * 4, 0, x.rows, 0, x.cols};
+  convert<Elements<float>>(s, from, pitch, static_cast<__nv_bfloat16*>(to));
 }
 
 void start_rows(const Stream& s, const float* bias, bool accumulate, Mat y) {
