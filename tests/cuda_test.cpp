@@ -1,5 +1,5 @@
-// Every operation of the CUDA backend against `ref` on the shared case list, the laws, and whole models against the
-// cpu backend. Label gpu; skipped where no device is.
+// Every operation of the CUDA backend against `ref` on the shared case list, the laws, and whole models
+// against the cpu backend. Label gpu; skipped where no device is.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -142,7 +142,8 @@ constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 /// Random, ties, equal, zeros, special values, wide range.
 Rows hard_rows(int64_t n, Random& random) {
   Rows rows(6, n);
-  const float special[] = {0.0f, -0.0f, kTiny, -kTiny, 3 * kTiny, kInf, -kInf, kNan, -kNan, 1.0f, -1.0f, 1e30f};
+  const float special[] = {0.0f,  -0.0f, kTiny, -kTiny, 3 * kTiny, kInf,
+                           -kInf, kNan,  -kNan, 1.0f,   -1.0f,     1e30f};
   for (int64_t i = 0; i < n; ++i) {
     rows.mat.row(0)[i] = random.normal();
     rows.mat.row(1)[i] = static_cast<float>(random.below(5)) - 2;
@@ -194,7 +195,8 @@ TEST_F(Cuda, SelectionsMatchRef) {
   }
 }
 
-/// The selection that a product's own blocks make is the one of the kernel: the list is written down by the first.
+/// The selection that a product's own blocks make is the one of the kernel: the list is written down by the
+/// first.
 TEST_F(Cuda, FusedSelectionsMatchRef) {
   Random random(12);
   for (const int64_t n : {33, 4096, 11008, 14336, 18944}) {
@@ -240,7 +242,8 @@ TEST_F(Cuda, NormGluEmbedMatchRef) {
         EXPECT_TRUE(found.gaps_intact());
         for (int64_t t = 0; t < rows; ++t) {
           for (int64_t i = 0; i < dim; ++i) {
-            EXPECT_LE(std::fabs(double{found.at(t, i)} - truth.at(t, i)), bound * std::fabs(truth.at(t, i)) + 1e-37);
+            EXPECT_LE(std::fabs(double{found.at(t, i)} - truth.at(t, i)),
+                      bound * std::fabs(truth.at(t, i)) + 1e-37);
           }
         }
       };
@@ -290,7 +293,8 @@ TEST_F(Cuda, RopeMatchesRef) {
     const DeviceFloats there(cuda(), inv_freq);
     for (const int64_t rows : {1, 17}) {
       for (const int64_t pos : {0, 5, 100000}) {
-        const Rows q = Rows(rows, 4 * width).fill(random), k = Rows(rows, 2 * width).fill(random), q1(q), k1(k);
+        const Rows q = Rows(rows, 4 * width).fill(random), k = Rows(rows, 2 * width).fill(random), q1(q),
+                   k1(k);
         const DeviceRows dq(cuda(), q), dk(cuda(), k);
         cuda().rope(dq.mat, dk.mat, width, pos, there.get());
         ref_->rope(q1.mat, k1.mat, width, pos, inv_freq.data());
@@ -333,8 +337,8 @@ TEST_F(Cuda, AttendMatchesRef) {
       std::vector<float> inv_freq;
       for (int64_t i = 0; i < c.width / 2; ++i) inv_freq.push_back(1.0f / static_cast<float>(1 + 3 * i));
       const DeviceFloats there(cuda(), inv_freq);
-      // A score errs by sum_bound(E) of Σ|q·k|/√E and a unit of f16 where a rotated key falls on the other side of
-      // a rounding, the values' mean likewise.
+      // A score errs by sum_bound(E) of Σ|q·k|/√E and a unit of f16 where a rotated key falls on the other
+      // side of a rounding, the values' mean likewise.
       const double half = dtype == DType::f16 ? 0x1p-11 : 0;
       const double score = (sum_bound(c.width) + half) * 8 * 1.5 * std::sqrt(double(c.width));
       const double bound = 6 * (2 * score + 2 * sum_bound(256) + 8 * (double(total) / 64 + 1) * kUnit);
@@ -344,7 +348,8 @@ TEST_F(Cuda, AttendMatchesRef) {
           const bool turn = layer == 1 && c.width % 2 == 0;
           const Rows q = Rows(rows, c.heads * c.width).fill(random, 1.5f);
           const Rows k = Rows(rows, c.kv_heads * c.width).fill(random), v = Rows(k).fill(random);
-          const DeviceRows dq(cuda(), q), dk(cuda(), k), dv(cuda(), v), out(cuda(), Rows(rows, c.heads * c.width));
+          const DeviceRows dq(cuda(), q), dk(cuda(), k), dv(cuda(), v),
+              out(cuda(), Rows(rows, c.heads * c.width));
           const Rows truth(rows, c.heads * c.width);
           if (turn) {
             cuda().rope(dq.mat, dk.mat, c.width, pos, there.get());
@@ -377,7 +382,8 @@ class CudaModel : public Cuda {
     std::vector<std::string> dirs = tiny_models();
     dirs.push_back(demo_model());
     if (const char* data = std::getenv("LAROSA_TEST_DATA")) {
-      for (const char* name : {"stories260k", "mix-88m"}) dirs.push_back(std::string(data) + "/models/" + name);
+      for (const char* name : {"stories260k", "mix-88m"})
+        dirs.push_back(std::string(data) + "/models/" + name);
     }
     return dirs;
   }
@@ -396,7 +402,8 @@ TEST_F(CudaModel, LogitsMatchTheCpu) {
     for (const size_t chunk : {tokens.size(), size_t{7}, size_t{1}}) {
       const auto found = all_logits(placed, cuda(), tokens, chunk);
       EXPECT_LT(relative_rms(found, expected), 1e-4) << chunk << " at once";
-      EXPECT_EQ(found, all_logits(placed, cuda(), tokens, chunk)) << "two runs differ, " << chunk << " at once";
+      EXPECT_EQ(found, all_logits(placed, cuda(), tokens, chunk))
+          << "two runs differ, " << chunk << " at once";
     }
   }
 }
@@ -420,7 +427,8 @@ TEST_F(CudaModel, SparsifiedLogitsMatchTheCpu) {
     place(placed, cuda());
     const auto tokens = some_tokens(model.config.vocab, 40);
     for (const size_t chunk : {tokens.size(), size_t{1}}) {
-      const auto expected = all_logits(model, *cpu, tokens, chunk), found = all_logits(placed, cuda(), tokens, chunk);
+      const auto expected = all_logits(model, *cpu, tokens, chunk),
+                 found = all_logits(placed, cuda(), tokens, chunk);
       // A score next to the cut may fall on the other side: one channel of one token.
       EXPECT_LT(relative_rms(found, expected), 2e-2);
     }
@@ -429,7 +437,8 @@ TEST_F(CudaModel, SparsifiedLogitsMatchTheCpu) {
 
 TEST_F(CudaModel, GreedyTextIsTheCpus) {
   for (const std::string& dir : models()) {
-    if (!std::filesystem::exists(dir + "/tokenizer.json") && !std::filesystem::exists(dir + "/tokenizer.model"))
+    if (!std::filesystem::exists(dir + "/tokenizer.json") &&
+        !std::filesystem::exists(dir + "/tokenizer.model"))
       continue;
     SCOPED_TRACE(dir);
     EngineOptions options;

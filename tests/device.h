@@ -84,7 +84,9 @@ class DeviceCase {
       : x(backend, host.x), backend_(backend), host_(host) {
     for (const StoredWeight& w : host.weights) weights_.emplace_back(backend, w.weight, aligned);
   }
-  std::vector<Rows> run(Mat rows) { return collect([&](auto products) { backend_.matmul(rows, products); }); }
+  std::vector<Rows> run(Mat rows) {
+    return collect([&](auto products) { backend_.matmul(rows, products); });
+  }
   std::vector<Rows> run() { return run(x.mat); }
   std::vector<Rows> run_sparse(const Selection& kept) {
     return collect([&](auto products) { backend_.sparse_matmul(kept, products); });

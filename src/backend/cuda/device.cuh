@@ -84,7 +84,8 @@ __device__ inline float widen(__half v) {
 __device__ inline float widen(__nv_bfloat16 v) {
   return __bfloat162float(v);
 }
-/// Value i of a line, by stored type. `padded`: values that the line has room for (quantised lines, base/quant.h).
+/// Value i of a line, by stored type. `padded`: values that the line has room for (quantised lines,
+/// base/quant.h).
 template <class T>
 struct Elements {
   __device__ static float read(const char* line, int64_t i, int64_t) {

@@ -13,7 +13,7 @@ namespace larosa::cuda {
 namespace {
 
 constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-constexpr int kAhead = 8;  // channels in flight per warp: 64 KB per multiprocessor hide 0.8 µs at 4.3 TB/s
+constexpr int kEarly = 16;  // channels per warp that are fetched before the row is ready: 17 MB in all
 
 struct Part {
   const char* weight;
@@ -33,13 +33,16 @@ struct Args {
 
 /// Tile of a warp, and the first warp of a tile: `warps` shared evenly by `tiles`.
 __device__ int tile_of(int warp_index, int tiles, int warps) {
-  return static_cast<int>((static_cast<int64_t>(warp_index + 1) * tiles - 1) / warps);
+  return static_cast<int>((static_cast<unsigned>(warp_index + 1) * static_cast<unsigned>(tiles) - 1) /
+                          static_cast<unsigned>(warps));
 }
 __device__ int first_warp(int tile, int tiles, int warps) {
-  return static_cast<int>(static_cast<int64_t>(tile) * warps / tiles);
+  return static_cast<int>(static_cast<unsigned>(tile) * static_cast<unsigned>(warps) /
+                          static_cast<unsigned>(tiles));
 }
 __device__ const Part& part_of(const Args& a, int tile) {
   int p = 0;
+#pragma unroll 1
   while (p + 1 < a.parts && tile >= a.part[p + 1].first_tile) ++p;
   return a.part[p];
 }
@@ -50,38 +53,82 @@ struct Channels {
   const int32_t* index;
   const float* values;
   int count;
-
-  __device__ int channel(int e) const { return near ? near[e] : __ldcg(index + e); }
-  __device__ float value(int e, int c) const { return near ? values[c] : __ldcg(values + e); }
 };
 
-template <int kItems>
-__device__ Channels prepare(const Input& in, char* shared, SelectScratch<kThreads>& scratch) {
-  if constexpr (kItems == 0) {
-    return {nullptr, in.list.index, in.list.value, __ldcg(in.list.counts)};
-  } else {
-    float* values = reinterpret_cast<float*>(shared);
-    uint16_t* near = reinterpret_cast<uint16_t*>(values + in.cols);
-    const RegisterRow<kThreads, kItems> row(in, scratch);
-    const bool store_list = in.list.index && blockIdx.x == 0;
-    const int2 counts = compact(row, cut_of(row, in, scratch), scratch, [&](int place, int i, float value) {
-      near[place] = static_cast<uint16_t>(i);
-      values[i] = value;
-      if (!store_list) return;
-      in.list.index[place] = i;
-      in.list.value[place] = value;
-    });
-    if (store_list && threadIdx.x == 0) {
-      in.list.counts[0] = counts.x;
-      in.list.counts[1] = counts.y;
+/// body(e, v) for the thread's entries e < cols of a row, four loads ahead.
+template <class Load, class Body>
+__device__ void each_entry(int cols, const Load& load, const Body& body) {
+  constexpr int kTogether = 4;
+  const int steps = (cols + kThreads - 1) / kThreads, first = warp() * steps * kWarp + lane();
+#pragma unroll 1
+  for (int i = 0; i < steps; i += kTogether) {
+    decltype(load(0)) loaded[kTogether];
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      const int e = first + (i + u) * kWarp;
+      if (i + u < steps && e < cols) loaded[u] = load(e);
     }
-    if (in.values && blockIdx.x == 0) {
-      row.each([&](int i, bool valid, float value, uint32_t) {
-        if (valid) in.values[i] = value;
+#pragma unroll
+    for (int u = 0; u < kTogether; ++u) {
+      const int e = first + (i + u) * kWarp;
+      if (i + u < steps && e < cols) body(e, loaded[u]);
+    }
+  }
+}
+
+/// The row in shared memory.
+__device__ void make_row(const Input& in, float* values, float* reduced) {
+  if (in.source == Source::glu) {
+    return each_entry(
+        in.cols, [&](int e) { return make_float2(__ldcg(in.x + e), __ldcg(in.up + e)); },
+        [&](int e, float2 pair) { values[e] = __fmul_rn(silu(pair.x), pair.y); });
+  }
+  float sum = 0;
+  each_entry(
+      in.cols, [&](int e) { return __ldcg(in.x + e); },
+      [&](int e, float v) {
+        values[e] = v;
+        sum = fmaf(v, v, sum);
       });
-    }
-    __syncthreads();
-    return {near, nullptr, values, counts.x};
+  if (in.source != Source::norm) return;
+  const float factor = norm_factor(block_reduce<kThreads>(sum, reduced, Add()), in.cols, in.eps);
+  each_entry(
+      in.cols, [&](int e) { return in.gain ? __ldg(in.gain + e) : 1.0f; },
+      [&](int e, float gain) { values[e] = __fmul_rn(__fmul_rn(values[e], factor), gain); });
+}
+
+__device__ Channels prepare(const Input& in, char* shared, SelectScratch<kThreads>& scratch) {
+  if (in.source == Source::list) return {nullptr, in.list.index, in.list.value, __ldcg(in.list.counts)};
+  float* values = reinterpret_cast<float*>(shared);
+  uint16_t* near = reinterpret_cast<uint16_t*>(values + in.cols);
+  make_row(in, values, scratch.reduced);
+  const MemoryRow<kThreads> row{values, in.scale, in.cols};
+  const bool store = blockIdx.x == 0, store_list = store && in.list.index;
+  const int2 counts = compact(row, cut_of(row, in, scratch), scratch, [&](int place, int i, float value) {
+    near[place] = static_cast<uint16_t>(i);
+    if (!store_list) return;
+    in.list.index[place] = i;
+    in.list.value[place] = value;
+  });
+  if (store_list && threadIdx.x == 0) {
+    in.list.counts[0] = counts.x;
+    in.list.counts[1] = counts.y;
+  }
+  if (store && in.values)
+    row.each([&](int i, bool valid, float value, uint32_t) {
+      if (valid) in.values[i] = value;
+    });
+  __syncthreads();
+  return {near, nullptr, values, counts.x};
+}
+
+/// Brings what the row needs besides its input closer: the stream of weights has pushed it out of the caches.
+__device__ void prefetch_row(const Input& in) {
+  constexpr int kLine = 32;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) * kLine; i < in.cols; i += kThreads * kLine) {
+    if (in.gain) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.gain + i));
+    if (in.scale) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.scale + i));
   }
 }
 
@@ -100,13 +147,16 @@ __device__ void join(const Args& a, const float* sums) {
   const int block = static_cast<int>(blockIdx.x), warps = static_cast<int>(gridDim.x) * kWarps;
   const int begin = block * kWarps, end = begin + kWarps;
   const int first_tile = tile_of(begin, a.tiles, warps), last_tile = tile_of(end - 1, a.tiles, warps);
+#pragma unroll 1
   for (int tile = first_tile; tile <= last_tile; ++tile) {
     const Part& part = part_of(a, tile);
     const int from = first_warp(tile, a.tiles, warps), to = first_warp(tile + 1, a.tiles, warps);
     const bool whole = from >= begin && to <= end;
     const int low = max(from, begin) - begin, high = min(to, end) - begin;
+#pragma unroll 1
     for (int j = static_cast<int>(threadIdx.x); j < kTile; j += kThreads) {
       float sum = sums[low * kTile + j];
+#pragma unroll 4
       for (int w = low + 1; w < high; ++w) sum = __fadd_rn(sum, sums[w * kTile + j]);
       if (whole) {
         finish(part, (tile - part.first_tile) * kTile + j, sum);
@@ -127,6 +177,7 @@ __device__ void join(const Args& a, const float* sums) {
     if (last[threadIdx.x]) a.scratch.ticket[tile] = 0;
   }
   __syncthreads();
+#pragma unroll 1
   for (int t = 0; t < 2; ++t) {
     if (!last[t]) continue;
     __threadfence();
@@ -134,6 +185,7 @@ __device__ void join(const Args& a, const float* sums) {
     const Part& part = part_of(a, tile);
     const int from = first_warp(tile, a.tiles, warps) / kWarps;
     const int to = (first_warp(tile + 1, a.tiles, warps) - 1) / kWarps;
+#pragma unroll 1
     for (int j = static_cast<int>(threadIdx.x); j < kTile; j += kThreads) {
       const float* partial = a.scratch.partial + static_cast<int64_t>(tile) * kTile + j;
       float sum = __ldcg(partial + static_cast<int64_t>(from) * kTile);
@@ -145,7 +197,42 @@ __device__ void join(const Args& a, const float* sums) {
   }
 }
 
-template <class Type, int kItems>
+/// Up to kAhead of the channels e, e + step, … of the list; kWhole: all of them are there.
+template <class Type, bool kNear, bool kWhole>
+__device__ void add_batch(const Channels& channels, int e, int step, const char* weight, int64_t line,
+                          int64_t first, int l, int64_t padded, float (&sum)[Type::kLane]) {
+  constexpr int kAhead = Type::kAhead;
+  typename Type::Loaded loaded[kAhead];
+  float x[kAhead];
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    const int at = kWhole ? e + u * step : min(e + u * step, channels.count - 1);
+    const int c = kNear ? channels.near[at] : __ldcg(channels.index + at);
+    x[u] = kNear ? channels.values[c] : __ldcg(channels.values + at);
+    loaded[u] = Type::load(weight + c * line, first, l, padded);
+  }
+  __syncwarp();  // keeps the loads together: without it each is waited for before the next is issued
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    if (kWhole || e + u * step < channels.count) Type::add(loaded[u], x[u], sum);
+  }
+}
+
+/// Adds the warp's share of the channels. Lanes beyond the last output read what the first lane reads.
+template <class Type, bool kNear>
+__device__ void accumulate(const Channels& channels, int e, int step, const Part& part, int64_t first,
+                           float (&sum)[Type::kLane]) {
+  const char* const weight = part.weight;
+  const int64_t line = part.line, padded = part.padded;
+  const int l = first + Type::output(lane(), 0) < padded ? lane() : 0;
+#pragma unroll 1
+  for (; e + (Type::kAhead - 1) * step < channels.count; e += Type::kAhead * step)
+    add_batch<Type, kNear, true>(channels, e, step, weight, line, first, l, padded, sum);
+  if (e < channels.count)
+    add_batch<Type, kNear, false>(channels, e, step, weight, line, first, l, padded, sum);
+}
+
+template <class Type>
 __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) char shared[];
   __shared__ SelectScratch<kThreads> scratch;
@@ -158,33 +245,22 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
   const int from = first_warp(tile, a.tiles, warps), step = first_warp(tile + 1, a.tiles, warps) - from;
   const Part& part = part_of(a, tile);
   const int64_t first = static_cast<int64_t>(tile - part.first_tile) * kTile;
-  const bool reads = first + Type::output(lane(), 0) < part.padded;
-  if (kItems > 0 && a.in.select == Selects::all && reads) {
+  prefetch_row(a.in);
+  if (a.in.select == Selects::all && a.in.source != Source::list && lane() % 4 == 0 &&
+      first + Type::output(lane(), 0) < part.padded) {
     // Weights do not depend on what runs before: the first channels are on their way when the row is ready.
-    for (int u = 0, e = me - from; u < 2 * kAhead && e < a.in.cols; ++u, e += step) {
+#pragma unroll 1
+    for (int u = 0, e = me - from; u < kEarly && e < a.in.cols; ++u, e += step)
       asm volatile(
           "prefetch.global.L2 [%0];" ::"l"(part.weight + e * part.line + Type::offset(first, lane())));
-    }
   }
   wait_for_inputs();
-  const Channels channels = prepare<kItems>(a.in, shared + kWarps * kTile * sizeof(float), scratch);
-
+  const Channels channels = prepare(a.in, shared + kWarps * kTile * sizeof(float), scratch);
   float sum[Type::kLane] = {};
-  for (int e = me - from; e < channels.count; e += kAhead * step) {
-    typename Type::Loaded loaded[kAhead];
-    float x[kAhead];
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int at = e + u * step;
-      x[u] = 0;
-      loaded[u] = {};
-      if (at >= channels.count) continue;
-      const int c = channels.channel(at);
-      x[u] = channels.value(at, c);
-      if (reads) loaded[u] = Type::load(part.weight + c * part.line, first, lane(), part.padded);
-    }
-#pragma unroll
-    for (int u = 0; u < kAhead; ++u) Type::add(loaded[u], x[u], sum);
+  if (channels.near) {
+    accumulate<Type, true>(channels, me - from, step, part, first, sum);
+  } else {
+    accumulate<Type, false>(channels, me - from, step, part, first, sum);
   }
 #pragma unroll
   for (int i = 0; i < Type::kLane; ++i) sums[warp() * kTile + Type::output(lane(), i)] = sum[i];
@@ -195,15 +271,18 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
 /// Weights whose lines are not multiples of 16 bytes: element by element.
 template <class T>
 struct Unaligned {
-  static constexpr int kLane = 16 / sizeof(T);
+  static constexpr int kLane = 16 / sizeof(T), kAhead = 2;
   struct Loaded {
     T element[kLane];
   };
   __device__ static int64_t offset(int64_t, int) { return 0; }
   __device__ static Loaded load(const char* line, int64_t first, int l, int64_t padded) {
     Loaded v = {};
-    for (int i = 0; i < kLane && first + output(l, i) < padded; ++i)
-      v.element[i] = reinterpret_cast<const T*>(line)[first + output(l, i)];
+#pragma unroll
+    for (int i = 0; i < kLane; ++i) {
+      if (first + output(l, i) < padded)
+        v.element[i] = reinterpret_cast<const T*>(line)[first + output(l, i)];
+    }
     return v;
   }
   __device__ static void add(const Loaded& v, float x, float (&sum)[kLane]) {
@@ -232,20 +311,12 @@ int64_t fused_bytes(const Input& in) {
   return (in.cols * 6 + 15) / 16 * 16;
 }
 
-template <class Type, int kItems>
-void launch(const Stream& s, const Args& a, int64_t shared) {
-  shared += kWarps * kWarp * Type::kLane * static_cast<int64_t>(sizeof(float));
-  const int blocks = std::max(s.multiprocessors, (a.tiles + kWarps - 1) / kWarps);
-  launch_kernel(s, gemv_kernel<Type, kItems>, blocks, kThreads, shared, a);
-}
-
 template <class Type>
-void launch_items(const Stream& s, const Args& a) {
-  if (a.in.source == Source::list) return launch<Type, 0>(s, a, 0);
-  const int64_t items = (a.in.cols + kThreads - 1) / kThreads, shared = fused_bytes(a.in);
-  if (items <= 8) return launch<Type, 8>(s, a, shared);
-  if (items <= 24) return launch<Type, 24>(s, a, shared);
-  launch<Type, 40>(s, a, shared);
+void launch(const Stream& s, const Args& a) {
+  const int64_t row = a.in.source == Source::list ? 0 : fused_bytes(a.in);
+  const int64_t sums = kWarps * kWarp * Type::kLane * static_cast<int64_t>(sizeof(float));
+  const int blocks = std::max(s.multiprocessors, (a.tiles + kWarps - 1) / kWarps);
+  launch_kernel(s, gemv_kernel<Type>, blocks, kThreads, row + sums, a);
 }
 
 }  // namespace
@@ -256,7 +327,7 @@ bool gemv_together(const Weight& a, const Weight& b) {
 }
 
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w) {
-  constexpr int64_t kLongest = 40 * kThreads;
+  constexpr int64_t kLongest = 65536;  // a listed channel is 16 bits
   const int64_t sums = kWarps * format_of(w).tile * static_cast<int64_t>(sizeof(float));
   return format_of(w).aligned && in.cols <= kLongest && sums + fused_bytes(in) <= s.shared_bytes;
 }
@@ -268,35 +339,30 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, c
   a.scratch = scratch;
   for (const Product& p : products) {
     const Format f = format_of(p.weight);
-    a.part[a.parts++] = {static_cast<const char*>(p.weight.data),
-                         p.weight.bias,
-                         p.y.data,
-                         p.weight.line_bytes(),
-                         f.padded,
-                         static_cast<int>(p.weight.out),
-                         a.tiles,
-                         p.accumulate};
+    a.part[a.parts++] = {
+        static_cast<const char*>(p.weight.data), p.weight.bias, p.y.data,    p.weight.line_bytes(), f.padded,
+        static_cast<int>(p.weight.out),          a.tiles,       p.accumulate};
     a.tiles += static_cast<int>((f.padded + f.tile - 1) / f.tile);
   }
   CHECK(a.tiles + std::max(s.multiprocessors, a.tiles / kWarps + 1) <= kTickets);
   const Weight& w = products[0].weight;
   if (!format_of(w).aligned) {
     CHECK(!quantised(w.dtype));  // their memory is always aligned
-    if (w.dtype == DType::f32) return launch<Unaligned<float>, 0>(s, a, 0);
-    if (w.dtype == DType::f16) return launch<Unaligned<__half>, 0>(s, a, 0);
-    return launch<Unaligned<__nv_bfloat16>, 0>(s, a, 0);
+    if (w.dtype == DType::f32) return launch<Unaligned<float>>(s, a);
+    if (w.dtype == DType::f16) return launch<Unaligned<__half>>(s, a);
+    return launch<Unaligned<__nv_bfloat16>>(s, a);
   }
   switch (w.dtype) {
     case DType::f32:
-      return launch_items<Plain<float>>(s, a);
+      return launch<Plain<float>>(s, a);
     case DType::f16:
-      return launch_items<Plain<__half>>(s, a);
+      return launch<Plain<__half>>(s, a);
     case DType::bf16:
-      return launch_items<Plain<__nv_bfloat16>>(s, a);
+      return launch<Plain<__nv_bfloat16>>(s, a);
     case DType::int8:
-      return launch_items<Bytes>(s, a);
+      return launch<Bytes>(s, a);
     case DType::int4:
-      return launch_items<Nibbles>(s, a);
+      return launch<Nibbles>(s, a);
     default:
       CHECK(false);
   }

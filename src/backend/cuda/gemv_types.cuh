@@ -7,18 +7,20 @@
 
 namespace larosa::cuda {
 
+/// 16 bytes that are read once. No branch and no predicate around it: the compiler would wait for each load.
 __device__ inline uint4 load_stream(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p));
   return v;
 }
 
-/// Lane l of a tile has kLane outputs from l · kLane on.
+/// Lane l of a tile has kLane outputs from l · kLane on; a warp has kAhead channels in flight: eight of 512
+/// bytes, 64 KB per multiprocessor, hide 0.8 µs at 4.3 TB/s.
 template <class T>
 struct Plain {
-  static constexpr int kLane = 16 / sizeof(T);
+  static constexpr int kLane = 16 / sizeof(T), kAhead = 8;
   using Loaded = uint4;
 
   __device__ static int64_t offset(int64_t first, int l) {
@@ -56,7 +58,7 @@ inline constexpr uint32_t kMagic = 0x4b000000u;
 
 /// int8 lines: P bytes, then one f16 scale per 128 outputs.
 struct Bytes {
-  static constexpr int kLane = 16;
+  static constexpr int kLane = 16, kAhead = 8;
   struct Loaded {
     uint4 q;
     float scale;
@@ -65,8 +67,8 @@ struct Bytes {
   __device__ static int64_t offset(int64_t first, int l) { return first + l * kLane; }
   __device__ static Loaded load(const char* line, int64_t first, int l, int64_t padded) {
     const int64_t at = offset(first, l);
-    const __half scale = __ldg(reinterpret_cast<const __half*>(line + padded) + at / 128);
-    return {load_stream(line + at), __half2float(scale)};
+    const __half* scale = reinterpret_cast<const __half*>(line + padded) + at / 128;
+    return {load_stream(line + at), __half2float(__ldg(scale))};
   }
   __device__ static void add(const Loaded& v, float x, float (&sum)[kLane]) {
     const float xs = __fmul_rn(x, v.scale);
@@ -89,7 +91,7 @@ struct Bytes {
 /// int4 lines: per 128 outputs 16 words, nibble k of word w is output 16k + w; then one f16 scale per 32
 /// outputs. Four lanes share 128 outputs, each has four words.
 struct Nibbles {
-  static constexpr int kLane = 32;
+  static constexpr int kLane = 32, kAhead = 4;
   struct Loaded {
     uint4 q;
     uint2 scale;  // four f16
@@ -98,7 +100,8 @@ struct Nibbles {
   __device__ static int64_t offset(int64_t first, int l) { return (first + l * kLane) / 2; }
   __device__ static Loaded load(const char* line, int64_t first, int l, int64_t padded) {
     const int64_t at = first + l * kLane;
-    return {load_stream(line + at / 2), __ldg(reinterpret_cast<const uint2*>(line + padded / 2) + at / 128)};
+    const uint2* scale = reinterpret_cast<const uint2*>(line + padded / 2) + at / 128;
+    return {load_stream(line + at / 2), __ldg(scale)};
   }
   __device__ static void add(const Loaded& v, float x, float (&sum)[kLane]) {
     const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&v.scale.x));

@@ -72,7 +72,8 @@ void Matmul::run(Mat x, const Product& product, Products arithmetic) {
 Matmul::Operand Matmul::weight(const Weight& w, int64_t first, int64_t count, bool bf16) {
   if (w.dtype == (bf16 ? DType::bf16 : DType::f32)) {
     const int64_t line = w.line_length(), size = dtype_size(w.dtype);
-    const char* data = static_cast<const char*>(w.data) + (w.layout == Layout::rows ? first * w.in : first) * size;
+    const char* data =
+        static_cast<const char*>(w.data) + (w.layout == Layout::rows ? first * w.in : first) * size;
     if (!bf16 || (reinterpret_cast<uintptr_t>(data) % 16 == 0 && line * size % 16 == 0)) return {data, line};
   }
   const int64_t pitch = padded(w.layout == Layout::rows ? w.in : count);

@@ -29,6 +29,13 @@ struct SelectScratch {
   int bin, above, inside;
 };
 
+/// Sum over the warps before `end`, this one unless said otherwise.
+template <int kThreads>
+__device__ int before_warp(const int* sums, int end = warp()) {
+  static_assert(kThreads / kWarp <= kWarp);
+  return warp_reduce(lane() < end ? sums[lane()] : 0, Add());
+}
+
 /// The score |x|·scale as ordered bits; a NaN is the largest.
 __device__ inline uint32_t score_key(float x, const float* scale, int i) {
   float s = fabsf(x);
@@ -57,8 +64,7 @@ __device__ void find_bin(int keep, SelectScratch<kThreads>& s) {
   }
   if (lane() == kWarp - 1) s.warp_sum[warp()] = upto;
   __syncthreads();
-  int above = upto - sum;
-  for (int w = 0; w < warp(); ++w) above += s.warp_sum[w];
+  int above = upto - sum + before_warp<kThreads>(s.warp_sum);
   if (above < keep && keep <= above + sum) {
 #pragma unroll
     for (int b = kEach - 1; b >= 0; --b) {
@@ -111,7 +117,7 @@ __device__ int2 compact(const Row& row, Cut cut, SelectScratch<kThreads>& s, con
     });
     if (lane() == 0) s.warp_ties[warp()] = ties;
     __syncthreads();
-    for (int w = 0; w < warp(); ++w) ties_before += s.warp_ties[w];
+    ties_before = before_warp<kThreads>(s.warp_ties);
   }
   const auto each_kept = [&](const auto& body) {
     int ties = ties_before;
@@ -137,20 +143,15 @@ __device__ int2 compact(const Row& row, Cut cut, SelectScratch<kThreads>& s, con
     s.warp_ties[warp()] = kept_count;
   }
   __syncthreads();
-  int place = 0;
-  for (int w = 0; w < warp(); ++w) place += s.warp_sum[w];
+  int place = before_warp<kThreads>(s.warp_sum);
   each_kept([&](int i, bool kept, float value) {
     const bool listed = kept && present(value);
     const uint32_t mask = __ballot_sync(~0u, listed);
     if (listed) take(place + __popc(mask & ((1u << lane()) - 1)), i, value);
     place += __popc(mask);
   });
-  int2 total = {0, 0};
-  for (int w = 0; w < SelectScratch<kThreads>::kWarps; ++w) {
-    total.x += s.warp_sum[w];
-    total.y += s.warp_ties[w];
-  }
-  return total;
+  return {before_warp<kThreads>(s.warp_sum, kThreads / kWarp),
+          before_warp<kThreads>(s.warp_ties, kThreads / kWarp)};
 }
 
 /// What a rule keeps of a row.
@@ -162,6 +163,7 @@ __device__ Cut cut_of(const Row& row, const Input& in, SelectScratch<kThreads>& 
     return {in.cut == 0 ? 0u : __float_as_uint(in.cut), 0};
   }
   if (in.keep == 0) return {kNanKey, 0};
+#pragma unroll 1
   for (int b = static_cast<int>(threadIdx.x); b < kBins; b += kThreads) s.bins[b] = 0;
   __syncthreads();
   return find_cut(row, in.keep, s);
@@ -175,55 +177,9 @@ __device__ inline float norm_entry(float x, float factor, const float* gain, int
   return gain ? __fmul_rn(y, __ldg(gain + e)) : y;
 }
 
-/// A row in registers: what the operations before a product make of their inputs.
-template <int kThreads, int kItems>
-struct RegisterRow {
-  static constexpr int kWarps = kThreads / kWarp;
-  float value[kItems];
-  uint32_t key[kItems];
-  int cols, steps, first;  // of the warp's run
-
-  __device__ RegisterRow(const Input& in, SelectScratch<kThreads>& s) : cols(in.cols) {
-    steps = (cols + kThreads - 1) / kThreads;
-    first = warp() * steps * kWarp + lane();
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) value[i] = 0;
-    each_item([&](int i, int e) { value[i] = __ldcg(in.x + e); });
-    if (in.source == Source::norm) {
-      float sum = 0;
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) sum = fmaf(value[i], value[i], sum);
-      sum = block_reduce<kThreads>(sum, s.reduced, Add());
-      const float factor = norm_factor(sum, cols, in.eps);
-      each_item([&](int i, int e) { value[i] = norm_entry(value[i], factor, in.gain, e); });
-    } else if (in.source == Source::glu) {
-      each_item([&](int i, int e) { value[i] = __fmul_rn(silu(value[i]), __ldcg(in.up + e)); });
-    }
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) key[i] = 0;
-    if (in.select != Selects::all) {
-      each_item([&](int i, int e) { key[i] = score_key(value[i], in.scale, e); });
-    }
-  }
-
-  template <class Body>
-  __device__ void each_item(const Body& body) {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      const int e = first + i * kWarp;
-      if (i < steps && e < cols) body(i, e);
-    }
-  }
-  template <class Body>
-  __device__ void each(const Body& body) const {
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      if (i < steps) body(first + i * kWarp, first + i * kWarp < cols, value[i], key[i]);
-    }
-  }
-};
-
-/// A row in memory, of any length.
+/// A row in memory, shared or global, of any length. Rolled loops: what runs once per launch is bound by
+/// fetching its instructions (unrolled in registers, this file was 50 to 170 KB of code and cost 15 to 50 µs
+/// a launch).
 template <int kThreads>
 struct MemoryRow {
   const float* x;
@@ -233,6 +189,7 @@ struct MemoryRow {
   template <class Body>
   __device__ void each(const Body& body) const {
     const int steps = (cols + kThreads - 1) / kThreads, first = warp() * steps * kWarp + lane();
+#pragma unroll 2
     for (int i = 0; i < steps; ++i) {
       const int e = first + i * kWarp;
       const float value = e < cols ? x[e] : 0;

@@ -1,4 +1,5 @@
-// Operands of matrix products: weights widened or rounded to what the library multiplies, activations rounded.
+// Operands of matrix products: weights widened or rounded to what the library multiplies, activations
+// rounded.
 #include <algorithm>
 
 #include "backend/cuda/launch.h"
@@ -25,7 +26,8 @@ __global__ void __launch_bounds__(kThreads) widen_kernel(Lines from, int64_t pit
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= pitch) return;
   for (int64_t line = blockIdx.y; line < from.count; line += gridDim.y) {
-    const float v = i < from.width ? Line::read(from.data + line * from.bytes, from.first + i, from.padded) : 0.0f;
+    const float v =
+        i < from.width ? Line::read(from.data + line * from.bytes, from.first + i, from.padded) : 0.0f;
     narrow(v, to[line * pitch + i]);
   }
 }
