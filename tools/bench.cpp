@@ -113,8 +113,8 @@ class Timeline {
     }
   }
 
-  /// `count` tokens at `pos` …, one after another or together, with the logits after the last of each step; waits
-  /// for the result.
+  /// `count` tokens at `pos` …, one after another or together, with the logits after the last of each step;
+  /// waits for the result.
   void feed(int64_t pos, int64_t count, bool together, const Pass& pass) {
     const int64_t step = together ? Decoder::kBatch : 1;
     for (int64_t first = 0; first < count; first += step) {
@@ -126,7 +126,8 @@ class Timeline {
       const Mat hidden(static_cast<float*>(hidden_.get()), rows, model_.config.dim);
       decoder_.forward(model_, tokens_, *cache_, pos + first, pass, hidden);
       if (first + rows == count || !together)
-        decoder_.logits(model_, hidden.slice(rows - 1, 1), Mat(static_cast<float*>(logits_.get()), 1, model_.config.vocab));
+        decoder_.logits(model_, hidden.slice(rows - 1, 1),
+                        Mat(static_cast<float*>(logits_.get()), 1, model_.config.vocab));
     }
     backend_.synchronize();
   }

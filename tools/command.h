@@ -23,7 +23,8 @@ std::function<int()> setup_bench(CLI::App& app);
 std::function<int()> setup_devices(CLI::App& app);
 std::function<int()> setup_completion(CLI::App& app);
 
-/// Flags that every command that computes shares: -t/--threads, --device, --backend, --products, --no-progress.
+/// Flags that every command that computes shares: -t/--threads, --device, --backend, --products,
+/// --no-progress.
 struct MachineOptions {
   int threads = 0;               // 0: one per available core
   std::string device = "cpu";    // cpu, cuda or cuda:I

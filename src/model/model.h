@@ -43,8 +43,8 @@ struct Model {
   Plan plan;  // the layers' plans and where they come from; dense: method "dense"
   std::vector<Layer> layers;
   OuterWeights outer;
-  std::optional<Checkpoint> checkpoint;  // keeps the mapped files; none for random weights
-  std::vector<HugePages> memory;         // random weights
+  std::optional<Checkpoint> checkpoint;             // keeps the mapped files; none for random weights
+  std::vector<HugePages> memory;                    // random weights
   std::vector<std::shared_ptr<const void>> placed;  // what `place` uploaded
 };
 
