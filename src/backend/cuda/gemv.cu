@@ -47,13 +47,24 @@ __device__ const Part& part_of(const Args& a, int tile) {
   return a.part[p];
 }
 
-/// The list that the channels are taken from.
+/// Where a row's channels stand: all of them in `values` (shared memory), those that `near` lists of them, or
+/// a list in global memory.
+enum class Where { all, near, list };
 struct Channels {
-  const uint16_t* near;  // in shared memory, into `values`; or null
+  Where where;
+  const uint16_t* near;
   const int32_t* index;
   const float* values;
   int count;
 };
+
+/// Shared memory of a row: keys (the warps' sums take their place afterwards), values, list.
+__host__ __device__ inline int64_t key_bytes(const Input& in) {
+  return in.select == Selects::all ? 0 : (in.cols * 4 + 15) / 16 * 16;
+}
+__host__ __device__ inline int64_t sums_bytes(int tile) {
+  return kWarps * tile * static_cast<int64_t>(sizeof(float));
+}
 
 /// body(e, v) for the thread's entries e < cols of a row, four loads ahead.
 template <class Load, class Body>
@@ -76,34 +87,54 @@ __device__ void each_entry(int cols, const Load& load, const Body& body) {
   }
 }
 
-/// The row in shared memory.
-__device__ void make_row(const Input& in, float* values, float* reduced) {
-  if (in.source == Source::glu) {
-    return each_entry(
-        in.cols, [&](int e) { return make_float2(__ldcg(in.x + e), __ldcg(in.up + e)); },
-        [&](int e, float2 pair) { values[e] = __fmul_rn(silu(pair.x), pair.y); });
+/// The row in shared memory, with the keys of its scores where something is selected. True when no entry is
+/// +0: then a row that is read whole needs no list.
+__device__ bool make_row(const Input& in, float* values, uint32_t* keys, float* reduced) {
+  bool full = true;
+  const auto put = [&](int e, float v, float scale) {
+    values[e] = v;
+    full &= __float_as_uint(v) != 0;
+    if (in.select != Selects::all) keys[e] = score_key(v, &scale, 0);
+  };
+  const auto scale_of = [&](int e) { return in.scale ? __ldg(in.scale + e) : 1.0f; };
+  if (in.source == Source::norm) {
+    float sum = 0;
+    each_entry(
+        in.cols, [&](int e) { return __ldcg(in.x + e); },
+        [&](int e, float v) {
+          values[e] = v;
+          sum = fmaf(v, v, sum);
+        });
+    const float factor = norm_factor(block_reduce<kThreads>(sum, reduced, Add()), in.cols, in.eps);
+    each_entry(
+        in.cols, [&](int e) { return make_float2(in.gain ? __ldg(in.gain + e) : 1.0f, scale_of(e)); },
+        [&](int e, float2 by) { put(e, __fmul_rn(__fmul_rn(values[e], factor), by.x), by.y); });
+  } else {
+    const bool gated = in.source == Source::glu;
+    each_entry(
+        in.cols,
+        [&](int e) { return make_float3(__ldcg(in.x + e), gated ? __ldcg(in.up + e) : 0, scale_of(e)); },
+        [&](int e, float3 v) { put(e, gated ? __fmul_rn(silu(v.x), v.y) : v.x, v.z); });
   }
-  float sum = 0;
-  each_entry(
-      in.cols, [&](int e) { return __ldcg(in.x + e); },
-      [&](int e, float v) {
-        values[e] = v;
-        sum = fmaf(v, v, sum);
-      });
-  if (in.source != Source::norm) return;
-  const float factor = norm_factor(block_reduce<kThreads>(sum, reduced, Add()), in.cols, in.eps);
-  each_entry(
-      in.cols, [&](int e) { return in.gain ? __ldg(in.gain + e) : 1.0f; },
-      [&](int e, float gain) { values[e] = __fmul_rn(__fmul_rn(values[e], factor), gain); });
+  return __syncthreads_and(full);
 }
 
-__device__ Channels prepare(const Input& in, char* shared, SelectScratch<kThreads>& scratch) {
-  if (in.source == Source::list) return {nullptr, in.list.index, in.list.value, __ldcg(in.list.counts)};
-  float* values = reinterpret_cast<float*>(shared);
+__device__ Channels prepare(const Input& in, char* shared, int64_t sums, SelectScratch<kThreads>& scratch) {
+  if (in.source == Source::list)
+    return {Where::list, nullptr, in.list.index, in.list.value, __ldcg(in.list.counts)};
+  uint32_t* keys = reinterpret_cast<uint32_t*>(shared);
+  float* values = reinterpret_cast<float*>(shared + max(sums, key_bytes(in)));
   uint16_t* near = reinterpret_cast<uint16_t*>(values + in.cols);
-  make_row(in, values, scratch.reduced);
-  const MemoryRow<kThreads> row{values, in.scale, in.cols};
+  const bool full = make_row(in, values, keys, scratch.reduced);
   const bool store = blockIdx.x == 0, store_list = store && in.list.index;
+  if (store && in.values) {
+    for (int e = static_cast<int>(threadIdx.x); e < in.cols; e += kThreads) in.values[e] = values[e];
+  }
+  if (full && in.select == Selects::all && !in.list.index)
+    return {Where::all, nullptr, nullptr, values, in.cols};
+  // Without a selection the keys do not count; the values stand in for them.
+  const KeyedRow<kThreads> row{values, in.select == Selects::all ? reinterpret_cast<uint32_t*>(values) : keys,
+                               in.cols};
   const int2 counts = compact(row, cut_of(row, in, scratch), scratch, [&](int place, int i, float value) {
     near[place] = static_cast<uint16_t>(i);
     if (!store_list) return;
@@ -114,12 +145,8 @@ __device__ Channels prepare(const Input& in, char* shared, SelectScratch<kThread
     in.list.counts[0] = counts.x;
     in.list.counts[1] = counts.y;
   }
-  if (store && in.values)
-    row.each([&](int i, bool valid, float value, uint32_t) {
-      if (valid) in.values[i] = value;
-    });
   __syncthreads();
-  return {near, nullptr, values, counts.x};
+  return {Where::near, near, nullptr, values, counts.x};
 }
 
 /// Brings what the row needs besides its input closer: the stream of weights has pushed it out of the caches.
@@ -198,7 +225,7 @@ __device__ void join(const Args& a, const float* sums) {
 }
 
 /// Up to kAhead of the channels e, e + step, … of the list; kWhole: all of them are there.
-template <class Type, bool kNear, bool kWhole>
+template <class Type, Where kWhere, bool kWhole>
 __device__ void add_batch(const Channels& channels, int e, int step, const char* weight, int64_t line,
                           int64_t first, int l, int64_t padded, float (&sum)[Type::kLane]) {
   constexpr int kAhead = Type::kAhead;
@@ -207,8 +234,10 @@ __device__ void add_batch(const Channels& channels, int e, int step, const char*
 #pragma unroll
   for (int u = 0; u < kAhead; ++u) {
     const int at = kWhole ? e + u * step : min(e + u * step, channels.count - 1);
-    const int c = kNear ? channels.near[at] : __ldcg(channels.index + at);
-    x[u] = kNear ? channels.values[c] : __ldcg(channels.values + at);
+    const int c = kWhere == Where::all    ? at
+                  : kWhere == Where::near ? channels.near[at]
+                                          : __ldcg(channels.index + at);
+    x[u] = kWhere == Where::list ? __ldcg(channels.values + at) : channels.values[c];
     loaded[u] = Type::load(weight + c * line, first, l, padded);
   }
   __syncwarp();  // keeps the loads together: without it each is waited for before the next is issued
@@ -219,7 +248,7 @@ __device__ void add_batch(const Channels& channels, int e, int step, const char*
 }
 
 /// Adds the warp's share of the channels. Lanes beyond the last output read what the first lane reads.
-template <class Type, bool kNear>
+template <class Type, Where kWhere>
 __device__ void accumulate(const Channels& channels, int e, int step, const Part& part, int64_t first,
                            float (&sum)[Type::kLane]) {
   const char* const weight = part.weight;
@@ -227,9 +256,9 @@ __device__ void accumulate(const Channels& channels, int e, int step, const Part
   const int l = first + Type::output(lane(), 0) < padded ? lane() : 0;
 #pragma unroll 1
   for (; e + (Type::kAhead - 1) * step < channels.count; e += Type::kAhead * step)
-    add_batch<Type, kNear, true>(channels, e, step, weight, line, first, l, padded, sum);
+    add_batch<Type, kWhere, true>(channels, e, step, weight, line, first, l, padded, sum);
   if (e < channels.count)
-    add_batch<Type, kNear, false>(channels, e, step, weight, line, first, l, padded, sum);
+    add_batch<Type, kWhere, false>(channels, e, step, weight, line, first, l, padded, sum);
 }
 
 template <class Type>
@@ -255,12 +284,14 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
           "prefetch.global.L2 [%0];" ::"l"(part.weight + e * part.line + Type::offset(first, lane())));
   }
   wait_for_inputs();
-  const Channels channels = prepare(a.in, shared + kWarps * kTile * sizeof(float), scratch);
+  const Channels channels = prepare(a.in, shared, sums_bytes(kTile), scratch);
   float sum[Type::kLane] = {};
-  if (channels.near) {
-    accumulate<Type, true>(channels, me - from, step, part, first, sum);
+  if (channels.where == Where::all) {
+    accumulate<Type, Where::all>(channels, me - from, step, part, first, sum);
+  } else if (channels.where == Where::near) {
+    accumulate<Type, Where::near>(channels, me - from, step, part, first, sum);
   } else {
-    accumulate<Type, false>(channels, me - from, step, part, first, sum);
+    accumulate<Type, Where::list>(channels, me - from, step, part, first, sum);
   }
 #pragma unroll
   for (int i = 0; i < Type::kLane; ++i) sums[warp() * kTile + Type::output(lane(), i)] = sum[i];
@@ -307,16 +338,15 @@ Format format_of(const Weight& w) {
   return {static_cast<int>(kWarp * 16 / size), w.out, base && w.out * size % 16 == 0};
 }
 
-int64_t fused_bytes(const Input& in) {
-  return (in.cols * 6 + 15) / 16 * 16;
+int64_t shared_bytes(const Input& in, int tile) {
+  if (in.source == Source::list) return sums_bytes(tile);
+  return std::max(sums_bytes(tile), key_bytes(in)) + in.cols * 6;
 }
 
 template <class Type>
 void launch(const Stream& s, const Args& a) {
-  const int64_t row = a.in.source == Source::list ? 0 : fused_bytes(a.in);
-  const int64_t sums = kWarps * kWarp * Type::kLane * static_cast<int64_t>(sizeof(float));
   const int blocks = std::max(s.multiprocessors, (a.tiles + kWarps - 1) / kWarps);
-  launch_kernel(s, gemv_kernel<Type>, blocks, kThreads, row + sums, a);
+  launch_kernel(s, gemv_kernel<Type>, blocks, kThreads, shared_bytes(a.in, kWarp * Type::kLane), a);
 }
 
 }  // namespace
@@ -328,8 +358,8 @@ bool gemv_together(const Weight& a, const Weight& b) {
 
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w) {
   constexpr int64_t kLongest = 65536;  // a listed channel is 16 bits
-  const int64_t sums = kWarps * format_of(w).tile * static_cast<int64_t>(sizeof(float));
-  return format_of(w).aligned && in.cols <= kLongest && sums + fused_bytes(in) <= s.shared_bytes;
+  const Format f = format_of(w);
+  return f.aligned && in.cols <= kLongest && shared_bytes(in, f.tile) <= s.shared_bytes;
 }
 
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, const Scratch& scratch) {

@@ -198,4 +198,23 @@ struct MemoryRow {
   }
 };
 
+/// A row in shared memory with its keys beside it: a pass over it is a load and a compare.
+template <int kThreads>
+struct KeyedRow {
+  const float* values;
+  const uint32_t* keys;
+  int cols;
+
+  template <class Body>
+  __device__ void each(const Body& body) const {
+    const int steps = (cols + kThreads - 1) / kThreads, first = warp() * steps * kWarp + lane();
+#pragma unroll 4
+    for (int i = 0; i < steps; ++i) {
+      const int e = first + i * kWarp;
+      const bool valid = e < cols;
+      body(e, valid, valid ? values[e] : 0, valid ? keys[e] : 0);
+    }
+  }
+};
+
 }  // namespace larosa::cuda
