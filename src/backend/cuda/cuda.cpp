@@ -209,7 +209,8 @@ class CudaBackend final : public Backend {
     return std::make_unique<CudaSelection>(rows, cols);
   }
   std::unique_ptr<KvCache> make_kv_cache(const KvShape& shape) override {
-    CHECK(shape.dtype == DType::f32 || shape.dtype == DType::f16);
+    if (shape.dtype != DType::f32 && shape.dtype != DType::f16)
+      fail("cuda: a key/value cache of ", dtype_name(shape.dtype), " is not supported, expected f32 or f16");
     if (shape.head_dim > kWidestHead)
       fail("cuda: heads of ", shape.head_dim, " entries are not supported, expected at most ", kWidestHead);
     return std::make_unique<CudaKvCache>(shape);
