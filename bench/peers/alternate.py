@@ -40,7 +40,7 @@ def parse_args():
     parser.add_argument("-k", "--rounds", type=int, default=5)
     parser.add_argument("-r", "--reps", type=int, default=1, help="repetitions within a round (default: %(default)s)")
     parser.add_argument("--llama-flags", default="-fa on -lm mmap", help="of llama-bench (default: %(default)s)")
-    parser.add_argument("--larosa-flags", default="--weights {weights} --adapter-weights int8 --kv f16 --products bf16",
+    parser.add_argument("--larosa-flags", default="--weights {weights} --adapter-weights int8 --head-weights {weights} --kv f16 --products bf16",
                         help="of larosa bench (default: %(default)s)")
     parser.add_argument("--json", type=pathlib.Path, help="every sample, setting and version goes here")
     parser.add_argument("--lock", type=pathlib.Path, help="flock(1)'s lock to hold during a round, on a shared machine")

@@ -93,7 +93,9 @@ void chain_as(const Weight& weight, const int32_t* index, const float* value, in
 // block (kChainBlock channels), so that its error is below 2^-16 of that; sums within a block are exact, and
 // blocks are added in float32 in order. A zero channel changes nothing: neither the largest number nor a sum.
 
-constexpr int64_t kMostOutputs = 4096;  // of a pass
+// Of a pass. Whole lines are one stream each; cut into passes of 4096 outputs, 11008 → 4096 at 4 bits went
+// from 19 to 13 GB/s a thread, though the sums of 16384 outputs no longer fit into the first-level cache.
+constexpr int64_t kMostOutputs = 16384;
 constexpr float kMostMultiplier = 32767;
 
 using HalfTag = hn::Repartition<int16_t, IntTag>;
