@@ -43,8 +43,8 @@ constexpr const char* dtype_name(DType t) {
 
 /// The type of that name; CHECKs that there is one (flags are validated where they are read).
 DType dtype_of(const std::string& name);
-/// What adapters, heads and tables are stored in beside projections of type t: int8 costs them nothing that
-/// can be measured, int4 does.
+/// What adapters, heads and tables are stored in beside projections of type t. int8 costs them nothing that
+/// can be measured (adapters: with their leading channels in float32, model.h), int4 does.
 constexpr DType companion(DType t) {
   return quantised(t) ? DType::int8 : t;
 }
