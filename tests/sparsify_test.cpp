@@ -1,5 +1,6 @@
 // sparsify as a whole: the laws that hold between a model and what is made from it, interruption, bad input.
 #include "calib/sparsify.h"
+#include "calib/statistics.h"
 
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -150,8 +151,8 @@ TEST_F(Sparsify, QuantisedTokenByTokenEqualsPrompt) {  // law 4
     const Model model = load_model(dir / "out");
     const auto tokens = some_tokens(model.config.vocab, 40);
     const auto prompt = all_logits(model, *backend_, tokens, tokens.size());
-    // One row multiplies by numbers of 15 bits of a block's largest (docs/numerics.md): some 4e-5 of a product's size, and
-    // 8 layers of 7 products. Several rows are float32 products either way.
+    // One row multiplies by numbers of 15 bits of a block's largest (docs/numerics.md): some 4e-5 of a
+    // product's size, and 8 layers of 7 products. Several rows are float32 products either way.
     EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 1), prompt), 1e-3);
     EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 7), prompt), 2e-5);
   }
@@ -242,6 +243,36 @@ TEST_F(Sparsify, RoundingByMomentsIsNearer) {
   const Model sparse = load_model(dir / "sparse");
   EXPECT_EQ(sparse.plan.notes.at("rounding"), "gptq");
   EXPECT_EQ(all_logits(sparse, *backend_, window, 1).size(), window.size() * 4096);
+}
+
+/// What rounding sees of a folded model, layer by layer, is what the model itself computes.
+TEST_F(Sparsify, CalibrationWalksAsTheDecoderDoes) {
+  struct Seen : Observer {
+    void see(Site, Mat entries, Mat) override {
+      for (int64_t t = 0; t < entries.rows; ++t)
+        values.insert(values.end(), entries.row(t), entries.row(t) + entries.cols);
+    }
+    std::vector<float> values;
+  };
+  for (const DType t : {DType::bf16, DType::int4}) {
+    TemporaryDir dir;
+    SparsifyOptions options = quantised_to(DType::int4, 0.5);
+    if (t == DType::bf16) options = SparsifyOptions{};
+    make(demo_model(), dir / "out", options);
+    const Model model = load_model(dir / "out");
+    ASSERT_TRUE(model.layers[0].adapter);
+    const ModelConfig& c = model.config;
+    const auto tokens = some_tokens(c.vocab, kWindow, 7);
+    Seen expected, found;
+    Decoder decoder(c, *backend_);
+    const auto cache = backend_->make_kv_cache({c.layers, c.kv_heads, c.head_dim, kWindow, DType::f32});
+    std::vector<float> hidden(static_cast<size_t>(kWindow * c.dim));
+    decoder.forward(model, tokens, *cache, 0, Pass{false, &expected}, Mat(hidden.data(), kWindow, c.dim));
+    Calibration calibration(model.outer, c, *backend_, pool_, tokens, kWindow);
+    for (int64_t l = 0; l < c.layers; ++l)
+      calibration.walk(model.layers[static_cast<size_t>(l)], l, Pass{false, &found}, [] {});
+    EXPECT_EQ(found.values, expected.values) << dtype_name(t);
+  }
 }
 
 TEST_F(Sparsify, DamagedLinesAreRefused) {

@@ -157,6 +157,7 @@ void name_tensors(const Model& model, Profile& profile) {
     profile.name(w.norm_q, "norm_q");
     profile.name(w.norm_k, "norm_k");
     profile.name(layer.adapter.data, "adapter");
+    profile.name(layer.adapter_top.data, "adapter top");
     for (size_t g = 0; g < layer.groups.size(); ++g) {
       const char* site = site_name(site_of(layer.plan.groups[g].projections[0]));
       profile.name(layer.groups[g].scale, site);
@@ -288,8 +289,6 @@ std::vector<Reading> load(const Flags& f, Model& model, Machine& home) {
   if (!f.random_weights) {
     model = load_model(f.model);
     place(model, *home.backend);
-    if (!f.sparsity.empty())
-      fail("--sparsity: a stored model is timed as it is; give --config FILE --random-weights to try others");
     std::vector<Reading> readings = {dense_reading(model)};
     if (is_larosa_dir(f.model)) readings.push_back(reading_of(model));
     return readings;
@@ -311,12 +310,16 @@ std::vector<Reading> load(const Flags& f, Model& model, Machine& home) {
   return readings;
 }
 
-int run(const Flags& f) {
+int run(const Flags& f, const CLI::App& app) {
   if (f.model.empty() == f.config.empty()) fail("give either a model directory or --config FILE");
   if (f.config.empty() == f.random_weights) fail("--config FILE and --random-weights belong together");
   if (!f.save.empty() && f.config.empty()) fail("--save needs --config FILE --random-weights");
   if (!f.save.empty() && quantised(dtype_of(f.weights)))
     fail("--weights ", f.weights, ": --save writes f32, f16 or bf16");
+  for (const char* option : {"--sparsity", "--weights", "--adapter-weights", "--head-weights", "--method"}) {
+    if (!f.random_weights && app.get_option(option)->count() > 0)
+      fail(option, ": a stored model is timed as it is; give --config FILE --random-weights to try others");
+  }
   if (f.prompt == 0 && f.gen == 0) fail("--prompt 0 --gen 0: nothing to time");
   catch_interrupts();
   if (!f.save.empty()) {
@@ -383,7 +386,7 @@ std::function<int()> setup_bench(CLI::App& app) {
       ->capture_default_str();
   app.add_flag("--ops", f->ops, "Time every operation: calls, time, share of the token, bytes and GB/s");
   f->machine.declare(app, &f->threads);
-  return [f] { return run(*f); };
+  return [f, &app] { return run(*f, app); };
 }
 
 }  // namespace larosa

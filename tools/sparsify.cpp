@@ -54,7 +54,8 @@ std::vector<int32_t> calibration_tokens(const Flags& f, int64_t& window) {
   window = std::min<int64_t>(config.context, 2048);
   const int64_t wanted = f.calib_tokens > 0 ? f.calib_tokens : 16 * window;
   window = std::min(window, wanted);
-  if (f.calib.empty()) fail("--calib: method ", f.method, " with this --rounding needs a calibration text");
+  if (f.calib.empty())
+    fail("--calib: method ", f.method, " or --rounding gptq (the default for int4) needs a calibration text");
   const std::string text = read_file(f.calib);
   if (text.empty()) fail(f.calib, ": is empty");
   const std::vector<TokenId> ids = Tokenizer::load(f.model).encode(text, false);

@@ -3,8 +3,7 @@
 // kept one is one read. Scales never span lines.
 //
 //   int8  P bytes, two's complement in [−127, 127];  then P / 128 scales
-//   int4  P / 2 bytes: per 128 values 16 little-endian 32-bit words, nibble k (bits 4k … 4k + 3) of word L
-//   holds
+//   int4  P / 2 bytes: per 128 values 16 little-endian 32-bit words, bits 4k … 4k + 3 of word L hold
 //         q + 8 of value 16 k + L, q in [−8, 7];  then P / 32 scales
 //
 // P is n rounded up to 128; scales are f16; a line is padded with zeros to 64 bytes. value = scale · q. The

@@ -90,7 +90,13 @@ void Calibration::walk_window(const Layer& layer, int64_t l, const Pass& pass, M
 void Calibration::walk(const Layer& layer, int64_t l, const Pass& pass, const std::function<void()>& tick) {
   const Mat stream(stream_.data(), windows_ * window_, config_.dim);
   for (int64_t w = 0; w < windows_; ++w) {
-    walk_window(layer, l, pass, stream.slice(w * window_, window_));
+    const Mat rows = stream.slice(w * window_, window_);
+    walk_window(layer, l, pass, rows);
+    if (layer.adapter) {
+      scratch_.resize(static_cast<size_t>(window_ * config_.dim));
+      decoder_.adapt(layer, rows, Mat(scratch_.data(), window_, config_.dim));
+      std::copy(scratch_.begin(), scratch_.end(), rows.data);
+    }
     tick();
   }
 }

@@ -21,8 +21,8 @@ class Calibration {
   Calibration(const OuterWeights& outer, const ModelConfig& config, Backend& backend, ThreadPool& pool,
               std::span<const int32_t> tokens, int64_t window);
 
-  /// Takes all windows through layer number l as its plan says (to be called for l = 0, 1, …). tick() is
-  /// called after every window.
+  /// Takes all windows through layer number l as its plan says, and into the next layer's basis (to be called
+  /// for l = 0, 1, …). tick() is called after every window.
   void walk(const Layer& layer, int64_t l, const Pass& pass, const std::function<void()>& tick);
 
   /// The same dense, and returns the moments that are wanted.

@@ -125,6 +125,12 @@ void Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t c
   apply(step, Site::h4, mid);
 }
 
+void Decoder::adapt(const Layer& layer, Mat x, Mat next) {
+  backend_.rotate(x, layer.adapter, next);
+  if (!layer.adapter_top) return;
+  backend_.rotate(Mat(x.data, x.rows, layer.adapter_top.in, x.stride), layer.adapter_top, next, true);
+}
+
 void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, int64_t pos,
                       const Pass& pass, Mat hidden) {
   for (size_t first = 0; first < tokens.size();) {
@@ -136,11 +142,7 @@ void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCac
       const Layer& block = model.layers[static_cast<size_t>(l)];
       layer(block, l, cache, l, pos + offset, x, pass);
       if (!block.adapter) continue;
-      backend_.rotate(x, block.adapter, next);  // the stream changes basis
-      if (block.adapter_top) {
-        const Mat top(x.data, rows, block.adapter_top.in, x.stride);
-        backend_.rotate(top, block.adapter_top, next, true);
-      }
+      adapt(block, x, next);
       std::swap(x, next);
     }
     backend_.rms_norm(x, model.outer.norm_out, config_.norm_eps, hidden.slice(offset, rows));

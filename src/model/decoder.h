@@ -50,6 +50,9 @@ class Decoder {
   void layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos, Mat x,
              const Pass& pass);
 
+  /// next (T, dim) = x in the basis of the following layer; for layers with an adapter. x aliases not next.
+  void adapt(const Layer& layer, Mat x, Mat next);
+
   /// hidden (T, dim) = the normalised last hidden states of tokens at positions pos … of cache. Any T ≥ 1.
   void forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, int64_t pos,
                const Pass& pass, Mat hidden);

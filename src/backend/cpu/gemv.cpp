@@ -84,14 +84,13 @@ void chain_as(const Weight& weight, const int32_t* index, const float* value, in
   }
 }
 
-// -- quantised lines
-// ------------------------------------------------------------------------------------------- Widening levels
-// to float32 costs three vector operations per 16 weights, and two threads of one core then reach 57 % of the
-// read bandwidth at 4 bits. So levels stay integers: kept channels are taken in pairs, their levels side by
-// side as 16-bit halves, and one multiply-add of pairs serves 32 weights. What multiplies a channel in a
-// group of outputs, value · scale, is rounded to 16 bits of the largest such number among the channels of a
-// block (kChainBlock channels), so that its error is below 2^-16 of that; sums within a block are exact, and
-// blocks are added in float32 in order. A zero channel changes nothing: neither the largest number nor a sum.
+// Quantised lines. Widening levels to float32 costs three vector operations per 16 weights, and two threads
+// then reach 57 % of the read bandwidth at 4 bits. So levels stay integers: kept channels are taken in pairs,
+// their levels side by side as 16-bit halves, and one multiply-add of pairs serves 32 weights. What
+// multiplies a channel in a group of outputs, value · scale, is rounded to a sign and 15 bits of the largest
+// such number among the channels of a block (kChainBlock channels), an error of at most 1/65534 of that; sums
+// within a block are exact, and blocks are added in float32 in order. A zero channel changes nothing: neither
+// the largest number nor a sum.
 
 // Of a pass. Whole lines are one stream each; cut into passes of 4096 outputs, 11008 → 4096 at 4 bits went
 // from 19 to 13 GB/s a thread, though the sums of 16384 outputs no longer fit into the first-level cache.
