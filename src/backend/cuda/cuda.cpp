@@ -392,7 +392,7 @@ class CudaBackend final : public Backend {
   Pending take_row(Mat x) {
     const auto& row = waiting_->row;
     if (row && !row->list && row->row.data == x.data && row->row.cols == x.cols) {
-      const Pending taken = *row;
+      Pending taken = *row;
       waiting_->row.reset();
       flush();
       return taken;
