@@ -461,13 +461,17 @@ TEST_F(Sparsify, RefusesAPlanOfAnotherModel) {
   EXPECT_NE(message_of([&] { load_model(dir / "out"); }).find("another model"), std::string::npos);
 }
 
-TEST(SiteKeeps, UsesTheWholeBudget) {
+TEST(UniformLevels, UseTheWholeBudget) {
   const ModelConfig config = load_config(demo_model());
-  const auto uniform = site_keeps(config, 0.5, {1, 1, 1, 1});
-  EXPECT_EQ(uniform, (std::array<int64_t, 4>{128, 128, 128, 352}));
-  const auto capped = site_keeps(config, 0.9, {1, 100, 1, 1});
-  EXPECT_EQ(capped[1], std::llround(256 * 0.05));
-  EXPECT_THROW(site_keeps(config, 0.9, {1, 0, 0, 0}), Error);
+  const Levels uniform = uniform_levels(config, 0.5, {1, 1, 1, 1});
+  for (const Projection p : kProjections) {
+    const int64_t in = projection_in(config, p);
+    EXPECT_EQ(keep_of(in, uniform[static_cast<size_t>(p)]), in / 2);
+  }
+  const Levels capped = uniform_levels(config, 0.9, {1, 100, 1, 1});
+  EXPECT_EQ(keep_of(256, capped[static_cast<size_t>(Projection::wo)]), std::llround(256 * 0.05));
+  EXPECT_EQ(keep_of(10, 1.0), 1);
+  EXPECT_THROW(uniform_levels(config, 0.9, {1, 0, 0, 0}), Error);
 }
 
 }  // namespace

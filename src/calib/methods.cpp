@@ -11,10 +11,6 @@ namespace larosa {
 
 extern const Method kDense, kTopk, kLarosa;
 
-namespace {
-constexpr double kMostSparse = 0.95;
-}
-
 std::span<const Method> methods() {
   static const std::array<Method, 3> table = {kLarosa, kTopk, kDense};
   return table;
@@ -29,18 +25,15 @@ const Method& find_method(const std::string& name) {
   fail("--method ", name, ": unknown, expected one of: ", known);
 }
 
-std::array<int64_t, 4> site_keeps(const ModelConfig& config, double sparsity,
-                                  const std::array<double, 4>& site_scale) {
+Levels uniform_levels(const ModelConfig& config, double sparsity, const std::array<double, 4>& site_scale) {
   if (!(sparsity >= 0 && sparsity <= kMostSparse))
     fail("--sparsity ", sparsity, ": expected a number in [0, ", kMostSparse, "]");
   std::array<double, 4> weights{};
-  std::array<int64_t, 4> dim{};
   double total = 0;
   for (Projection p : kProjections) {
     const size_t site = static_cast<size_t>(site_of(p));
-    const int64_t in = projection_in(config, p);
-    weights[site] += static_cast<double>(in) * static_cast<double>(projection_out(config, p));
-    dim[site] = in;
+    weights[site] +=
+        static_cast<double>(projection_in(config, p)) * static_cast<double>(projection_out(config, p));
   }
   for (size_t i = 0; i < 4; ++i) {
     if (!(site_scale[i] >= 0 && site_scale[i] <= 100))
@@ -61,24 +54,31 @@ std::array<int64_t, 4> site_keeps(const ModelConfig& config, double sparsity,
     const double middle = 0.5 * (low + high);
     (reached(middle) < sparsity ? low : high) = middle;
   }
-  std::array<int64_t, 4> keep{};
-  for (size_t i = 0; i < 4; ++i) {
-    keep[i] =
-        std::clamp<int64_t>(std::llround(static_cast<double>(dim[i]) * (1.0 - site(high, i))), 1, dim[i]);
-  }
-  return keep;
+  Levels levels{};
+  for (Projection p : kProjections)
+    levels[static_cast<size_t>(p)] = site(high, static_cast<size_t>(site_of(p)));
+  return levels;
+}
+
+int64_t keep_of(int64_t dim, double level) {
+  return std::clamp<int64_t>(std::llround(static_cast<double>(dim) * (1.0 - level)), 1, dim);
+}
+
+LayerPlan plan_layer(const Method& method, const LayerTask& task) {
+  LayerPlan layer = method.plan(task);
+  const bool moves = method.wants(task.choice).stream && task.choice.form == Form::folded;
+  layer.adapter = moves && task.layer + 1 < task.config.layers;
+  return layer;
 }
 
 Plan plan_model(const Method& method, const ModelConfig& config, const Choice& choice) {
   Plan plan;
   plan.method = method.name;
   plan.form = choice.form == Form::folded ? "folded" : "simulate";
-  const LayerPlan layer = method.plan(choice, site_keeps(config, choice.sparsity, choice.site_scale));
-  plan.layers.assign(static_cast<size_t>(config.layers), layer);
-  if (method.wants(choice).stream && choice.form == Form::folded) {
-    for (size_t l = 0; l + 1 < plan.layers.size(); ++l) plan.layers[l].adapter = true;
-  }
-  if (!thins(layer)) return plan;
+  const Levels levels = uniform_levels(config, choice.sparsity, choice.site_scale);
+  for (int64_t l = 0; l < config.layers; ++l)
+    plan.layers.push_back(plan_layer(method, {config, choice, l, levels}));
+  if (!thins(plan.layers[0])) return plan;
   plan.sparsity = choice.sparsity;
   std::ostringstream scales;
   for (size_t i = 0; i < 4; ++i) scales << (i > 0 ? "," : "") << choice.site_scale[i];
@@ -86,15 +86,14 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
   return plan;
 }
 
-LayerPlan topk_layer(const Choice& choice, const std::array<int64_t, 4>& keep,
-                     const std::array<bool, 4>& rotated) {
+LayerPlan topk_layer(const LayerTask& task, const std::array<bool, 4>& rotated) {
   LayerPlan layer = dense_layer();
   for (Group& group : layer.groups) {
-    const size_t site = static_cast<size_t>(site_of(group.projections[0]));
+    const Projection first = group.projections[0];
     group.rule.select = Select::topk;
-    group.rule.keep = keep[site];
-    group.rule.scaled = choice.score == Score::norm;
-    group.rule.rotated = rotated[site];
+    group.rule.keep = keep_of(projection_in(task.config, first), task.levels[static_cast<size_t>(first)]);
+    group.rule.scaled = task.choice.score == Score::norm;
+    group.rule.rotated = rotated[static_cast<size_t>(site_of(first))];
   }
   return layer;
 }

@@ -48,32 +48,50 @@ struct Wants {
   bool any() const { return stream || heads; }
 };
 
+/// Share of the entries that each projection's rule drops; projections of a group share it.
+using Levels = std::array<double, 7>;  // by Projection
+
+/// What a layer's plan is made from.
+struct LayerTask {
+  const ModelConfig& config;
+  const Choice& choice;
+  int64_t layer;
+  Levels levels;
+};
+
 /// A row of the methods table.
 struct Method {
   const char* name;
   const char* summary;
   Wants (*wants)(const Choice& choice);
   Bases (*bases)(const Moments& moments, const Choice& choice);
-  LayerPlan (*plan)(const Choice& choice, const std::array<int64_t, 4>& keep);
+  LayerPlan (*plan)(const LayerTask& task);
 };
 
 std::span<const Method> methods();
 /// Throws Error listing the known names.
 const Method& find_method(const std::string& name);
 
-/// Kept entries per site for a sparsity in weight bytes: keep_i = round(D_i (1 − s_i)), s_i = min(0.95,
+/// No site drops a larger share.
+inline constexpr double kMostSparse = 0.95;
+
+/// The same levels for every layer, from a sparsity in weight bytes: those of site i are s_i = min(0.95,
 /// s·scale_i) with s such that Σ weights_i s_i = sparsity · Σ weights_i (LaRoSA §4.3 with the budget counted
 /// in weights). Throws Error when sparsity is outside [0, 0.95] or no s reaches it.
-std::array<int64_t, 4> site_keeps(const ModelConfig& config, double sparsity,
-                                  const std::array<double, 4>& site_scale);
+Levels uniform_levels(const ModelConfig& config, double sparsity, const std::array<double, 4>& site_scale);
 
-/// What `method` does to every layer of a model: keeps by site_keeps, an adapter after each layer but the
-/// last where bases are folded into the stream. Names no source model and no calibration. Throws as
-/// site_keeps.
+/// Entries kept of `dim` at a level: round(dim (1 − level)), at least 1.
+int64_t keep_of(int64_t dim, double level);
+
+/// Layer l's plan at `levels`: the method's, with an adapter after each layer but the last where bases are
+/// folded into the stream.
+LayerPlan plan_layer(const Method& method, const LayerTask& task);
+
+/// What `method` does to a model without looking at a text: every layer at uniform_levels. Names no source
+/// model and no calibration. Throws as uniform_levels.
 Plan plan_model(const Method& method, const ModelConfig& config, const Choice& choice);
 
 /// The usual four groups, each thinned by Top-K; `rotated` marks the sites with a run-time basis.
-LayerPlan topk_layer(const Choice& choice, const std::array<int64_t, 4>& keep,
-                     const std::array<bool, 4>& rotated);
+LayerPlan topk_layer(const LayerTask& task, const std::array<bool, 4>& rotated);
 
 }  // namespace larosa

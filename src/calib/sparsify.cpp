@@ -65,6 +65,23 @@ std::string type_name(const std::optional<DType>& dtype) {
   return dtype ? dtype_name(*dtype) : "source";
 }
 
+nlohmann::json options_json(const SparsifyOptions& options) {
+  const Choice& choice = options.choice;
+  return {{"method", options.method},
+          {"sparsity", choice.sparsity},
+          {"site_scale", choice.site_scale},
+          {"form", static_cast<int>(choice.form)},
+          {"score", static_cast<int>(choice.score)},
+          {"pool", choice.pool},
+          {"rotate_h2", choice.rotate_h2},
+          {"after_gain", choice.after_gain},
+          {"weights", type_name(options.types.weights)},
+          {"adapters", type_name(options.types.adapters)},
+          {"head", type_name(options.types.head)},
+          {"embedding", type_name(options.types.embed)},
+          {"gptq", options.gptq}};
+}
+
 class Job {
  public:
   Job(const SparsifyOptions& options, std::span<const int32_t> tokens, int64_t window, Backend& backend,
@@ -148,7 +165,7 @@ class Job {
     }
     load_outer(checkpoint_, config_);
     for (int64_t l = 0; l < config_.layers; ++l) load_layer(checkpoint_, config_, l);
-    make_plan();
+    outline_plan();
     const std::string job = job_text();
     const std::string file = (fs::path(partial_) / kJobFile).string();
     fs::create_directory(partial_);
@@ -165,7 +182,8 @@ class Job {
     write_file(file, job);
   }
 
-  void make_plan() {
+  /// The plan before anything was measured: layers at uniform levels, everything else as it will be.
+  void outline_plan() {
     const Choice& choice = options_.choice;
     plan_ = plan_model(method_, config_, choice);
     plan_.fingerprint = checkpoint_.fingerprint();
@@ -188,12 +206,16 @@ class Job {
     validate(plan_, plan_shape(config_), options_.source);
   }
 
+  /// Everything that decides a byte of the output: what was asked for, not what calibration makes of it.
   std::string job_text() const {
     const uint64_t text = XXH3_64bits(tokens_.data(), tokens_.size_bytes());
     // The fingerprint names the tensors; a base frequency or a norm's epsilon stands in the config alone.
     const std::string config = read_file((fs::path(options_.source) / "config.json").string());
-    return nlohmann::json({{"plan", plan_to_json(plan_)},
+    return nlohmann::json({{"options", options_json(options_)},
+                           {"notes", plan_.notes},
+                           {"fingerprint", plan_.fingerprint},
                            {"text", hex(text)},
+                           {"window", window_},
                            {"config", hex(XXH3_64bits(config.data(), config.size()))},
                            {"products", backend_.products_name()}})
         .dump();

@@ -6,6 +6,6 @@ namespace larosa {
 extern const Method kDense;
 const Method kDense = {"dense", "keep everything", [](const Choice&) { return Wants{}; },
                        [](const Moments&, const Choice&) { return Bases{}; },
-                       [](const Choice&, const std::array<int64_t, 4>&) { return dense_layer(); }};
+                       [](const LayerTask&) { return dense_layer(); }};
 
 }  // namespace larosa

@@ -23,9 +23,9 @@ Bases bases(const Moments& moments, const Choice& choice) {
   return bases;
 }
 
-LayerPlan plan(const Choice& choice, const std::array<int64_t, 4>& keep) {
-  const bool at_run_time = choice.form == Form::simulate;
-  return topk_layer(choice, keep, {at_run_time, at_run_time && choice.rotate_h2, at_run_time, false});
+LayerPlan plan(const LayerTask& task) {
+  const bool at_run_time = task.choice.form == Form::simulate;
+  return topk_layer(task, {at_run_time, at_run_time && task.choice.rotate_h2, at_run_time, false});
 }
 
 }  // namespace

@@ -4,9 +4,8 @@
 namespace larosa {
 
 extern const Method kTopk;
-const Method kTopk = {
-    "topk", "per-token Top-K without rotation", [](const Choice&) { return Wants{}; },
-    [](const Moments&, const Choice&) { return Bases{}; },
-    [](const Choice& choice, const std::array<int64_t, 4>& keep) { return topk_layer(choice, keep, {}); }};
+const Method kTopk = {"topk", "per-token Top-K without rotation", [](const Choice&) { return Wants{}; },
+                      [](const Moments&, const Choice&) { return Bases{}; },
+                      [](const LayerTask& task) { return topk_layer(task, {}); }};
 
 }  // namespace larosa
