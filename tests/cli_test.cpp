@@ -516,11 +516,32 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   expect_refused(sparsify("topk", {"--pool", "on"}), {"--pool", "topk"});
   expect_refused(sparsify("topk", {"--form", "simulate", "--select", "normalised"}), {"--select", "topk"});
   expect_refused(sparsify("dense", {"--sparsity", "0.5"}), {"--sparsity", "dense"});
+  expect_refused(sparsify("dense", {"--allocation", "greedy"}), {"--allocation", "dense"});
+  expect_refused(sparsify("teal", {"--score", "norm", "--calib", text()}), {"--score", "teal"});
+  expect_refused(sparsify("teal", {}), {"--calib", "teal"});
+  expect_refused(sparsify("topk", {"--calib-stream", "dense"}), {"--calib-stream", "topk"});
+  expect_refused(sparsify("topk", {"--allocation", "greedy", "--site-scale", "1,1,1,1"}),
+                 {"--site-scale", "greedy"});
+  expect_refused({"bench", "--config", dir_ / "config.json", "--random-weights", "--method", "teal"},
+                 {"teal"});
   expect_refused({"sparsify", model(), "-o", "", "--method", "dense"}, {"-o"});
   ASSERT_EQ(run({"sparsify", model(), "-o", dir_ / "dense", "--method", "dense"}).code, 0);
   const auto plan = nlohmann::json::parse(run({"inspect", dir_ / "dense", "--json"}).out)["plan"];
   EXPECT_EQ(plan["sparsity_asked"], 0.0);
   EXPECT_FALSE(plan["notes"].contains("score"));
+}
+
+TEST_F(Cli, ThresholdsSayWhatTheyReached) {
+  const std::string made = dir_ / "teal";
+  const Outcome o = run({"sparsify", model(), "-o", made, "--method", "teal", "--calib", text()});
+  ASSERT_EQ(o.code, 0) << o.err;
+  const Outcome ppl = run({"perplexity", made, "-f", text(), "-c", "32"});
+  EXPECT_NE(ppl.out.find("% of the weights dropped"), std::string::npos) << ppl.out;
+  const auto j = nlohmann::json::parse(run({"perplexity", made, "-f", text(), "-c", "32", "--json"}).out);
+  EXPECT_NEAR(j["reached_weight_sparsity"].get<double>(), 0.5, 0.02);  // its own text, 4 small windows of it
+  EXPECT_EQ(j["reached_sites"].size(), 4u);
+  EXPECT_NE(run({"inspect", made}).out.find("expected"), std::string::npos);
+  EXPECT_EQ(run({"run", made, "-p", "hello", "-n", "4"}).code, 0);
 }
 
 TEST_F(Cli, QuantisedWeights) {

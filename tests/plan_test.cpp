@@ -63,6 +63,7 @@ TEST(Plan, RandomPlansComeBackEqual) {
         if (rule.select == Select::topk) rule.keep = 1 + static_cast<int64_t>(below(1u << 30));
         if (rule.select == Select::threshold)
           rule.cut = std::ldexp(static_cast<float>(below(1u << 24)), static_cast<int>(below(60)) - 50);
+        if (rule.select == Select::threshold && below(2)) rule.keep = 1 + static_cast<int64_t>(below(99));
         rule.scaled = below(2);
         rule.rotated = below(2);
       }
@@ -106,6 +107,8 @@ TEST(Plan, JsonRefusalsNameTheField) {
   expect([&](json& j) { group(j, 0)["projections"][1] = "wz"; }, {"groups.0.projections", "wz"});
   for (const json& keep : {json(0), json(-1), json(2.5), json(UINT64_MAX)})
     expect([&](json& j) { group(j, 0)["keep"] = keep; }, {"groups.0.keep"});
+  for (const json& keep : {json(0), json(-1), json("3")})
+    expect([&](json& j) { group(j, 1)["keep"] = keep; }, {"groups.1.keep"});
   for (const json& cut : {json(-0.5), json(1e300), json("1"), json()})
     expect([&](json& j) { group(j, 1)["cut"] = cut; }, {"layers.1.groups.1.cut"});
   for (const char* text : {"", "[]", "3", "{", "{\"version\":1,\"version\":1}"})
@@ -133,6 +136,12 @@ TEST(Plan, ValidateRefusals) {
           p.layers[1].groups[3].rule = {Select::topk, keep};
         },
         {"layer 1", "down", "keep", "40"});
+  for (const int64_t keep : {-3, 41})
+    expect(
+        [&](Plan& p) {
+          p.layers[1].groups[3].rule = {Select::threshold, keep, 1};
+        },
+        {"layer 1", "down", "keep", "40"});
   using limits = std::numeric_limits<float>;
   for (const float cut : {-1.0f, limits::infinity(), limits::quiet_NaN()})
     expect(
@@ -149,10 +158,14 @@ TEST(Plan, SparsityByHand) {
   plan.layers[0].groups[3].rule = {Select::topk, 10};         // 100 of 400
   plan.layers[0].groups[1].rule = {Select::threshold, 0, 1};  // no fixed share
   EXPECT_DOUBLE_EQ(weight_sparsity(plan.layers[0], kShape), 400.0 / 1600);
+  EXPECT_TRUE(varies(plan));
   EXPECT_DOUBLE_EQ(weight_sparsity(plan, kShape), 400.0 / 3200);
   EXPECT_DOUBLE_EQ(site_sparsity(plan.layers[0], Site::h1, kShape), 0.5);
   EXPECT_DOUBLE_EQ(site_sparsity(plan.layers[0], Site::h2, kShape), 0);
   EXPECT_DOUBLE_EQ(site_sparsity(plan.layers[0], Site::h4, kShape), 0.75);
+  plan.layers[0].groups[1].rule.keep = 5;  // what is expected of the threshold
+  EXPECT_DOUBLE_EQ(site_sparsity(plan.layers[0], Site::h2, kShape), 0.75);
+  plan.layers[0].groups[1].rule.keep = 0;
   // gate and up apart: the mean of the groups that read h3
   plan.layers[0].groups[2] = {{gate}, {Select::topk, 2}};
   plan.layers[0].groups.push_back({{up}, {Select::topk, 6}});

@@ -1,14 +1,18 @@
 // sparsify as a whole: the laws that hold between a model and what is made from it, interruption, bad input.
 #include "calib/sparsify.h"
 #include "calib/statistics.h"
+#include "eval/perplexity.h"
 
 #include <sys/resource.h>
 #include <sys/wait.h>
 
+#include <chrono>
 #include <csignal>
 #include <set>
+#include <thread>
 
 #include "base/error.h"
+#include "base/progress.h"
 #include "base/quant.h"
 #include "model_fixture.h"
 
@@ -392,6 +396,81 @@ TEST_F(Sparsify, ReachesItsBudget) {  // law 7
   }
 }
 
+SparsifyOptions teal(double sparsity, Allocation allocation = Allocation::uniform) {
+  SparsifyOptions options;
+  options.method = "teal";
+  options.choice.sparsity = sparsity;
+  options.choice.allocation = allocation;
+  return options;
+}
+
+TEST_F(Sparsify, ThresholdsReachTheirBudgetOnOtherText) {  // law 7
+  const auto reached = [&](const std::string& source, const SparsifyOptions& options) {
+    TemporaryDir dir;
+    make(source, dir / "out", options);
+    const Model model = load_model(dir / "out");
+    EXPECT_NEAR(weight_sparsity(model.plan, plan_shape(model.config)), options.choice.sparsity, 0.005);
+    PerplexityOptions scoring;
+    scoring.context = kWindow;
+    const auto result =
+        perplexity(model, nullptr, *backend_, pool_, some_tokens(model.config.vocab, 16 * kWindow, 11),
+                   scoring, [](const PerplexityResult&, int64_t) {});
+    return result.reached.value();
+  };
+  for (const double sparsity : {0.25, 0.75})
+    EXPECT_NEAR(reached(demo_model(), teal(sparsity)), sparsity, 0.01);
+  const std::string tiny = tiny_models().front();
+  EXPECT_NEAR(reached(tiny, teal(0.4, Allocation::greedy)), 0.4, 0.01);
+}
+
+TEST_F(Sparsify, ThresholdsThatDropNothingEqualDense) {  // law 1
+  TemporaryDir dir;
+  make(demo_model(), dir / "out", teal(0));
+  const Model model = load_model(dir / "out");
+  EXPECT_EQ(model.plan.layers[0].groups.size(), 7u);
+  const auto tokens = some_tokens(model.config.vocab, 12);
+  EXPECT_EQ(all_logits(model, *backend_, tokens, 12), all_logits(model, *backend_, tokens, 12, true));
+}
+
+/// A trial tells a layer's plans apart as the layer itself does.
+TEST_F(Sparsify, TrialsMeasureTheLayersOutput) {
+  TemporaryDir dir;
+  make(demo_model(), dir / "out", with_sparsity(0.5));
+  Model model = load_model(dir / "out");
+  const auto tokens = some_tokens(model.config.vocab, 4 * kWindow, 3);
+  Calibration calibration(model.outer, model.config, *backend_, pool_, tokens, kWindow);
+  const LayerPlan sparse = model.layers[0].plan;
+  Trial trial = calibration.trial(model.layers[0], 0);
+  LayerPlan whole = sparse, half = sparse;
+  for (Group& group : whole.groups) group.rule.select = Select::all;
+  for (size_t g = 1; g < half.groups.size(); ++g) half.groups[g].rule.select = Select::all;
+  EXPECT_EQ(trial.error(whole).relative, 0);
+  EXPECT_EQ(trial.error(whole).absolute, 0);
+  EXPECT_GT(trial.error(half).relative, 0);
+  EXPECT_GT(trial.error(sparse).relative, trial.error(half).relative);
+  EXPECT_EQ(model.layers[0].plan, sparse);
+  // The same number by hand, from the first and third windows.
+  double expected = 0;
+  for (const size_t w : {0, 2}) {
+    std::vector<float> found(static_cast<size_t>(kWindow * model.config.dim)), dense(found.size());
+    for (auto* rows : {&found, &dense}) {
+      Decoder decoder(model.config, *backend_);
+      const Mat x(rows->data(), kWindow, model.config.dim);
+      const auto cache =
+          backend_->make_kv_cache({1, model.config.kv_heads, model.config.head_dim, kWindow, DType::f32});
+      decoder.embed(model.outer, std::span(tokens).subspan(w * kWindow, kWindow), x);
+      decoder.layer(model.layers[0], 0, *cache, 0, 0, x, Pass{rows == &dense, nullptr});
+    }
+    for (int64_t t = 0; t < kWindow; ++t) {
+      const auto row = [&](const std::vector<float>& m) {
+        return std::vector<float>(m.begin() + t * model.config.dim, m.begin() + (t + 1) * model.config.dim);
+      };
+      expected += std::pow(relative_rms(row(found), row(dense)), 2) / (2 * kWindow);
+    }
+  }
+  EXPECT_NEAR(trial.error(sparse).relative, expected, 1e-9 * expected);
+}
+
 TEST_F(Sparsify, FullDiskLeavesNothingAndResumes) {
   TemporaryDir dir;
   make(demo_model(), dir / "whole", with_sparsity(0.5));
@@ -423,6 +502,40 @@ TEST_F(Sparsify, FullDiskLeavesNothingAndResumes) {
   }
 }
 
+TEST_F(Sparsify, ResumesBetweenTwoPlans) {
+  TemporaryDir dir;
+  make(demo_model(), dir / "whole", teal(0.5));
+  const std::string partial = dir / "out.partial";
+  const pid_t child = fork();
+  if (child == 0) {
+    catch_interrupts();
+    std::thread([&] {
+      while (!std::filesystem::exists(partial + "/plan-2.json"))
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      kill(getpid(), SIGINT);
+    }).detach();
+    try {
+      make(demo_model(), dir / "out", teal(0.5), 1);
+    } catch (const Interrupted&) {
+      _exit(3);
+    }
+    _exit(5);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  ASSERT_TRUE(WIFEXITED(status));
+  EXPECT_EQ(WEXITSTATUS(status), 3);
+  EXPECT_FALSE(std::filesystem::exists(dir / "out"));
+  EXPECT_TRUE(std::filesystem::exists(partial + "/plan-2.json"));
+  EXPECT_FALSE(std::filesystem::exists(partial + "/plan-7.json"));
+  make(demo_model(), dir / "out", teal(0.5));
+  EXPECT_FALSE(std::filesystem::exists(partial));
+  for (const auto& entry : std::filesystem::directory_iterator(dir / "whole")) {
+    const std::string name = entry.path().filename().string();
+    EXPECT_TRUE(file_bytes(dir / ("whole/" + name)) == file_bytes(dir / ("out/" + name))) << name;
+  }
+}
+
 TEST_F(Sparsify, RefusesBadInput) {
   TemporaryDir dir;
   std::filesystem::create_directory(dir / "there");
@@ -435,7 +548,7 @@ TEST_F(Sparsify, RefusesBadInput) {
   }
   SparsifyOptions unknown = with_sparsity(0.5);
   unknown.method = "magic";
-  EXPECT_NE(message_of([&] { make(demo_model(), dir / "out", unknown); }).find("larosa, topk, dense"),
+  EXPECT_NE(message_of([&] { make(demo_model(), dir / "out", unknown); }).find("larosa, topk, teal, dense"),
             std::string::npos);
   EXPECT_FALSE(std::filesystem::exists(dir / "out"));
   EXPECT_FALSE(std::filesystem::exists(dir / "out.partial"));

@@ -80,6 +80,8 @@ RandomOptions random_options(const Flags& f) {
 Plan plan_of(const ModelConfig& config, const std::string& method, double sparsity) {
   Choice choice;
   choice.sparsity = sparsity;
+  if (find_method(method).wants(choice).magnitudes)
+    fail("--method ", method, ": its cuts come from a calibration text, random weights have none");
   return plan_model(find_method(method), config, choice);
 }
 

@@ -54,6 +54,7 @@ nlohmann::ordered_json describe(const Model& model) {
             {"sparsity_asked", model.plan.sparsity},
             {"sparsity_weight_bytes",
              1.0 - static_cast<double>(bytes.projections) / static_cast<double>(bytes.projections_dense)},
+            {"sparsity_varies", varies(model.plan)},
             {"notes", model.plan.notes},
             {"sites", sites},
             {"layers", layers}}},
@@ -90,11 +91,13 @@ void print_text(const nlohmann::ordered_json& j, bool verbose) {
       std::printf(" %s %5.1f %%", site_name(site), 100 * sites[site_name(site)].get<double>());
     std::printf("\n");
   };
-  std::printf("entries dropped per site\n");
+  const bool expected = j["plan"]["sparsity_varies"].get<bool>();
+  std::printf("entries dropped per site%s\n", expected ? " (thresholds: expected)" : "");
   row("mean", j["plan"]["sites"]);
   for (size_t l = 0; verbose && l < j["plan"]["layers"].size(); ++l)
     row("layer " + std::to_string(l), j["plan"]["layers"][l]);
-  section("bytes read per token", j["token_bytes"]);
+  section(expected ? "bytes read per token (thresholds: expected)" : "bytes read per token",
+          j["token_bytes"]);
   std::printf("ideal speed-up by bytes      %.3f\n", j["ideal_speedup"].get<double>());
 }
 

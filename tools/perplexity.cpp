@@ -42,6 +42,12 @@ void print_text(const Flags& f, const PerplexityOptions& options, const Perplexi
     std::printf("KL divergence = %.6f +/- %.6f\n", r.kl.value, r.kl.error);
     std::printf("same top token = %.2f %%\n", 100 * r.same_top);
   }
+  if (r.reached) {
+    std::printf("reached: %.2f %% of the weights dropped, of the entries", 100 * *r.reached);
+    for (const Site site : kSites)
+      std::printf(" %s %.2f %%", site_name(site), 100 * r.reached_sites[static_cast<size_t>(site)]);
+    std::printf("\n");
+  }
   std::printf("PPL = %.4f +/- %.4f\n", ppl.value, ppl.error);
 }
 
@@ -61,6 +67,11 @@ void print_json(const Flags& f, const PerplexityOptions& options, const Perplexi
                               {"ppl", ppl.value},
                               {"ppl_error", ppl.error},
                               {"nll", r.nll.value}};
+  if (r.reached) {
+    j["reached_weight_sparsity"] = *r.reached;
+    for (const Site site : kSites)
+      j["reached_sites"][site_name(site)] = r.reached_sites[static_cast<size_t>(site)];
+  }
   if (!f.against.empty()) {
     j["against"] = f.against;
     j["reference_ppl"] = perplexity_of(r.reference_nll).value;

@@ -1,5 +1,6 @@
 // larosa sparsify: calibrate, choose, fold, write.
 #include "calib/sparsify.h"
+#include "calib/planner.h"
 
 #include <filesystem>
 #include <memory>
@@ -18,7 +19,8 @@ namespace {
 struct Flags {
   std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", rotate_h2 = "on",
                              score = "norm", select = "normalised", site_scale = "1,1,1,1",
-                             weights = "source", adapter_weights, head_weights, embed_weights, rounding;
+                             allocation = "uniform", calib_stream = "thinned", weights = "source",
+                             adapter_weights, head_weights, embed_weights, rounding;
   double sparsity = 0.5;
   int64_t calib_tokens = 0;
   bool check_tensors = false;
@@ -55,7 +57,8 @@ std::vector<int32_t> calibration_tokens(const Flags& f, int64_t& window) {
   const int64_t wanted = f.calib_tokens > 0 ? f.calib_tokens : 16 * window;
   window = std::min(window, wanted);
   if (f.calib.empty())
-    fail("--calib: method ", f.method, " or --rounding gptq (the default for int4) needs a calibration text");
+    fail("--calib: method ", f.method,
+         ", --allocation or --rounding gptq (the default for int4) needs a calibration text");
   const std::string text = read_file(f.calib);
   if (text.empty()) fail(f.calib, ": is empty");
   const std::vector<TokenId> ids = Tokenizer::load(f.model).encode(text, false);
@@ -84,6 +87,11 @@ StoredTypes stored_types(const Flags& f) {
   return types;
 }
 
+bool needs_text(const SparsifyOptions& options) {
+  const Method& method = find_method(options.method);
+  return method.wants(options.choice).any() || plans_by_text(method, options.choice) || options.gptq;
+}
+
 /// A flag that the method would not look at is a misunderstanding.
 void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& options, const Plan& plan) {
   const Choice& choice = options.choice;
@@ -91,19 +99,26 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
   const auto refuse = [&](const char* option) {
     if (app.get_option(option)->count() > 0) fail(option, ": method ", f.method, " does not use it");
   };
-  if (!method.wants(choice).any()) {
+  const Wants wants = method.wants(choice);
+  if (!wants.bases()) {
     for (const char* option : {"--pool", "--rotate-h2", "--select", "--preset"}) refuse(option);
-    if (!options.gptq) refuse("--calib-tokens");
-    if (!options.gptq && app.get_option("--calib")->count() > 0)
+  }
+  if (wants.magnitudes) refuse("--score");
+  if (!wants.magnitudes) refuse("--calib-stream");
+  if (!needs_text(options)) {
+    refuse("--calib-tokens");
+    if (app.get_option("--calib")->count() > 0)
       std::fprintf(stderr, "sparsify: method %s needs no calibration, --calib is not read\n",
                    f.method.c_str());
   }
+  if (choice.allocation != Allocation::uniform && app.get_option("--site-scale")->count() > 0)
+    fail("--site-scale: --allocation ", f.allocation, " shares the budget out by itself");
   if (!quantises(options.types) && app.get_option("--rounding")->count() > 0)
     fail("--rounding: --weights ", f.weights, " are not quantised");
   if (!plan.layers[0].adapter && app.get_option("--adapter-weights")->count() > 0)
     fail("--adapter-weights: method ", f.method, " in this form has no adapters");
   if (!thins(plan.layers[0])) {
-    for (const char* option : {"--sparsity", "--score", "--site-scale"}) refuse(option);
+    for (const char* option : {"--sparsity", "--score", "--site-scale", "--allocation"}) refuse(option);
   }
 }
 
@@ -121,6 +136,8 @@ int run(Flags& f, const CLI::App& app) {
   choice.score = f.score == "norm" ? Score::norm : Score::magnitude;
   choice.pool = f.pool == "on";
   choice.rotate_h2 = f.rotate_h2 == "on";
+  choice.allocation = f.allocation == "greedy" ? Allocation::greedy : Allocation::uniform;
+  choice.stream = f.calib_stream == "dense" ? Stream::dense : Stream::thinned;
   choice.after_gain = f.select == "gained";
   if (choice.after_gain && choice.form == Form::folded)
     fail("--select gained: only --form simulate can thin after the RMSNorm gain");
@@ -132,7 +149,7 @@ int run(Flags& f, const CLI::App& app) {
   refuse_unused(f, app, options, plan_model(find_method(f.method), load_config(f.model), choice));
   int64_t window = 1;
   std::vector<int32_t> tokens;
-  if (find_method(f.method).wants(choice).any() || options.gptq) tokens = calibration_tokens(f, window);
+  if (needs_text(options)) tokens = calibration_tokens(f, window);
   options.calibration_name = std::filesystem::path(f.calib).filename().string();
   Machine machine = make_machine(f.machine);
   catch_interrupts();
@@ -148,7 +165,7 @@ std::function<int()> setup_sparsify(CLI::App& app) {
   const auto on_off = CLI::IsMember({"on", "off"});
   app.add_option("model,-m,--model", f->model, "Hugging Face directory")->required();
   app.add_option("-o,--output", f->output, "Directory to write")->required();
-  app.add_option("--method", f->method, "larosa, topk or dense")->capture_default_str();
+  app.add_option("--method", f->method, "larosa, topk, teal or dense")->capture_default_str();
   app.add_option("--preset", f->preset,
                  "paper: the published combination (simulate, thinned after the gain, basis from h1, .8/1.2)")
       ->check(CLI::IsMember({"paper"}));
@@ -156,6 +173,18 @@ std::function<int()> setup_sparsify(CLI::App& app) {
                  "Share of the projections' weight bytes that a token does not read, 0 to 0.95")
       ->capture_default_str();
   app.add_option("--site-scale", f->site_scale, "Relative sparsity of h1,h2,h3,h4")->capture_default_str();
+  app.add_option(
+         "--allocation", f->allocation,
+         "uniform: the same in every layer, by --site-scale; greedy: within each layer by what it costs "
+         "the layer's output")
+      ->check(CLI::IsMember({"uniform", "greedy"}))
+      ->capture_default_str();
+  app.add_option(
+         "--calib-stream", f->calib_stream,
+         "teal only: cuts are chosen for the stream that thinned layers pass on, or for the dense one "
+         "(as published; drops more than asked for)")
+      ->check(CLI::IsMember({"thinned", "dense"}))
+      ->capture_default_str();
   app.add_option("--calib", f->calib, "Calibration text (- for standard input)");
   app.add_option("--calib-tokens", f->calib_tokens,
                  "Tokens of it to use (default: 16 windows of the context, at most 2048 each)")

@@ -9,10 +9,10 @@
 
 namespace larosa {
 
-extern const Method kDense, kTopk, kLarosa;
+extern const Method kDense, kTopk, kLarosa, kTeal;
 
 std::span<const Method> methods() {
-  static const std::array<Method, 3> table = {kLarosa, kTopk, kDense};
+  static const std::array<Method, 4> table = {kLarosa, kTopk, kTeal, kDense};
   return table;
 }
 
@@ -80,9 +80,15 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
     plan.layers.push_back(plan_layer(method, {config, choice, l, levels}));
   if (!thins(plan.layers[0])) return plan;
   plan.sparsity = choice.sparsity;
+  if (!method.wants(choice).magnitudes)
+    plan.notes["score"] = choice.score == Score::norm ? "norm" : "magnitude";
+  if (choice.allocation == Allocation::greedy) {
+    plan.notes["allocation"] = "greedy";
+    return plan;
+  }
   std::ostringstream scales;
   for (size_t i = 0; i < 4; ++i) scales << (i > 0 ? "," : "") << choice.site_scale[i];
-  plan.notes = {{"score", choice.score == Score::norm ? "norm" : "magnitude"}, {"site_scale", scales.str()}};
+  plan.notes["site_scale"] = scales.str();
   return plan;
 }
 

@@ -20,14 +20,23 @@ enum class Form { folded, simulate };
 /// eq. 4).
 enum class Score { magnitude, norm };
 
+/// How the budget is shared out. uniform: the same levels in every layer, by site_scale; greedy: within each
+/// layer, by what it costs the layer's output (TEAL, arXiv 2408.14690 §4.3).
+enum class Allocation { uniform, greedy };
+/// What reaches a layer whose cuts are looked for: the stream as the thinned layers before it leave it, so
+/// that the budget is met, or the dense model's (TEAL as published, which drops more than asked for).
+enum class Stream { thinned, dense };
+
 /// What a method is asked for.
 struct Choice {
   double sparsity = 0.5;  // share of the projections' weight bytes not read per token
   std::array<double, 4> site_scale = {1, 1, 1, 1};  // relative sparsity of h1 h2 h3 h4
   Form form = Form::folded;
   Score score = Score::norm;
-  bool pool = true;         // basis from h1 and h3 together, else from h1 alone
-  bool rotate_h2 = true;    // attention output in a basis per KV head
+  bool pool = true;       // basis from h1 and h3 together, else from h1 alone
+  bool rotate_h2 = true;  // attention output in a basis per KV head
+  Allocation allocation = Allocation::uniform;
+  Stream stream = Stream::thinned;
   bool after_gain = false;  // thin after the RMSNorm gain, as the published simulation does (simulate only)
 };
 
@@ -44,12 +53,30 @@ struct Bases {
 };
 
 struct Wants {
-  bool stream = false, heads = false;
-  bool any() const { return stream || heads; }
+  bool stream = false, heads = false;  // moments, for bases
+  bool magnitudes = false;             // for cuts
+  bool bases() const { return stream || heads; }
+  bool any() const { return bases() || magnitudes; }
 };
 
 /// Share of the entries that each projection's rule drops; projections of a group share it.
 using Levels = std::array<double, 7>;  // by Projection
+
+/// How large the entries of one site are: |x| counted in bins of 1/2048 of an octave.
+class Magnitudes {
+ public:
+  void add(Mat entries);
+  /// Least bin edge with at least `level` of the entries at or below it; 0 for less than half an entry.
+  /// Throws Error when that is no finite number.
+  float quantile(double level) const;
+  /// Share of the entries that are larger than `cut`, a bin edge.
+  double share_above(float cut) const;
+
+ private:
+  std::vector<int64_t> bins_;
+  int64_t count_ = 0;
+};
+using SiteMagnitudes = std::array<Magnitudes, 4>;  // by Site
 
 /// What a layer's plan is made from.
 struct LayerTask {
@@ -57,6 +84,7 @@ struct LayerTask {
   const Choice& choice;
   int64_t layer;
   Levels levels;
+  const SiteMagnitudes* magnitudes = nullptr;  // for methods that want them; null: an outline is enough
 };
 
 /// A row of the methods table.

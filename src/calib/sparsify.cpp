@@ -15,6 +15,7 @@
 #include "base/thread_pool.h"
 #include "calib/fold.h"
 #include "calib/gptq.h"
+#include "calib/planner.h"
 #include "calib/statistics.h"
 #include "io/files.h"
 
@@ -26,6 +27,7 @@ namespace fs = std::filesystem;
 constexpr const char* kJobFile = "job.json";
 constexpr const char* kFoldedFile = "folded.tmp";  // the layer that is being rounded, in float32
 constexpr double kRoundingDamping = 0.01;          // of the mean moment, as GPTQ's
+constexpr int64_t kCutTokens = 4096;               // of the calibration text that cuts are chosen on
 // What people keep beside the weights; everything else of the source is not ours to copy.
 constexpr const char* kCopied[] = {"tokenizer.json",    "tokenizer.model",        "vocab.json",
                                    "merges.txt",        "tokenizer_config.json",  "special_tokens_map.json",
@@ -75,6 +77,8 @@ nlohmann::json options_json(const SparsifyOptions& options) {
           {"pool", choice.pool},
           {"rotate_h2", choice.rotate_h2},
           {"after_gain", choice.after_gain},
+          {"allocation", static_cast<int>(choice.allocation)},
+          {"stream", static_cast<int>(choice.stream)},
           {"weights", type_name(options.types.weights)},
           {"adapters", type_name(options.types.adapters)},
           {"head", type_name(options.types.head)},
@@ -95,6 +99,7 @@ class Job {
         checkpoint_(Checkpoint::open(options.source)),
         method_(find_method(options.method)),
         wants_(method_.wants(options.choice)),
+        by_text_(plans_by_text(method_, options.choice)),
         gptq_(options.gptq && options.types.weights && quantised(*options.types.weights)),
         output_(vacant_path(options.output)),
         partial_(output_ + ".partial") {}
@@ -116,10 +121,11 @@ class Job {
   void work() {
     // An eigenbasis and a folded layer each cost about as much as a few windows; rounding by moments walks
     // the windows twice more.
-    const int64_t walks = (wants_.any() ? 1 : 0) + (gptq_ ? 2 : 0);
-    progress_.emplace("sparsify", config_.layers * (walks * windows() + kFoldUnits) + kFoldUnits,
-                      options_.progress);
-    if (wants_.any()) calibrate();
+    const int64_t walks = (wants_.bases() ? 1 : 0) + (gptq_ ? 2 : 0);
+    const int64_t layer_units = walks * windows() + (by_text_ ? kPlanUnits : 0) + kFoldUnits;
+    progress_.emplace("sparsify", config_.layers * layer_units + kFoldUnits, options_.progress);
+    if (wants_.bases()) calibrate();
+    if (by_text_) plan_layers();
     write_outer();
     if (gptq_) {
       round_layers();
@@ -129,7 +135,7 @@ class Job {
     complete();
   }
 
-  bool needs_tokens() const { return wants_.any() || gptq_; }
+  bool needs_tokens() const { return wants_.any() || by_text_ || gptq_; }
   int64_t windows() const { return needs_tokens() ? static_cast<int64_t>(tokens_.size()) / window_ : 0; }
 
   /// After a failure: removes the partial directory unless something in it is worth a resume. True if it
@@ -138,13 +144,14 @@ class Job {
     if (!owned_) return false;
     std::error_code ignored;
     for (const auto& entry : fs::directory_iterator(partial_, ignored)) {
-      if (entry.path().extension() == ".safetensors") return true;
+      const fs::path& file = entry.path();
+      if (file.extension() == ".safetensors" || file.filename().string().starts_with("plan-")) return true;
     }
     fs::remove_all(partial_, ignored);
     return false;
   }
 
-  static constexpr int64_t kFoldUnits = 4;
+  static constexpr int64_t kFoldUnits = 4, kPlanUnits = 16;
 
   void tick(int64_t units, const std::string& note) {
     throw_if_interrupted();
@@ -197,6 +204,7 @@ class Job {
       plan_.notes["rotate_h2"] = choice.rotate_h2 ? "on" : "off";
       plan_.notes["gain"] = choice.after_gain ? "before selection" : "after selection";
     }
+    if (wants_.magnitudes) plan_.notes["stream"] = choice.stream == Stream::thinned ? "thinned" : "dense";
     if (types.weights && quantised(*types.weights)) plan_.notes["rounding"] = gptq_ ? "gptq" : "nearest";
     if (needs_tokens()) {
       plan_.notes["calibration"] = options_.calibration_name;
@@ -260,7 +268,7 @@ class Job {
 
   Bases read_bases(int64_t l) const {
     Bases bases;
-    if (!wants_.any()) return bases;
+    if (!wants_.bases()) return bases;
     const Checkpoint file = Checkpoint::open_file(basis_file(l).string());
     const auto read = [&](const std::string& name, int64_t n) {
       const int64_t shape[2] = {n, n};
@@ -274,6 +282,65 @@ class Job {
     for (int64_t g = 0; wants_.heads && g < config_.kv_heads; ++g)
       bases.heads.push_back(read("head." + std::to_string(g), config_.head_dim));
     return bases;
+  }
+
+  fs::path plan_file(int64_t l) const { return fs::path(partial_) / ("plan-" + std::to_string(l) + ".json"); }
+
+  /// The windows that plans are found on, and their length: whole ones for cuts, else what a trial looks at.
+  std::vector<int32_t> planning_tokens(int64_t& window) const {
+    window = wants_.magnitudes ? window_ : std::min(window_, Trial::kWindow);
+    const int64_t wanted = wants_.magnitudes ? std::max<int64_t>(1, kCutTokens / window) : Trial::kWindows;
+    const int64_t count = std::min(wanted, windows());
+    std::vector<int32_t> tokens;
+    for (int64_t w = 0; w < count; ++w) {
+      const auto first = tokens_.begin() + w * (windows() / count) * window_;
+      tokens.insert(tokens.end(), first, first + window);
+    }
+    return tokens;
+  }
+
+  /// Layers one after another, each folded in float32: its plan, and the text on to the next one.
+  void plan_layers() {
+    int64_t finished = 0;
+    while (finished < config_.layers && fs::exists(plan_file(finished))) ++finished;
+    int64_t window = 0;
+    const std::vector<int32_t> tokens = planning_tokens(window);
+    Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, pool_, tokens, window);
+    const Bases first = options_.choice.form == Form::folded ? read_bases(0) : Bases{};
+    if (!first.stream.empty()) calibration.turn(first.stream);
+    for (int64_t l = 0; l < config_.layers; ++l) {
+      LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
+      if (l < finished)
+        plan = plan_from_json(read_file(plan_file(l).string()), plan_file(l).string()).layers.at(0);
+      if (finished < config_.layers) plan_next_layer(calibration, l, l < finished);
+      tick(kPlanUnits, layer_note("planning", l));
+    }
+    validate(plan_, plan_shape(config_), partial_);
+  }
+
+  void plan_next_layer(Calibration& calibration, int64_t l, bool found) {
+    const fs::path folded = fs::path(partial_) / kFoldedFile;
+    StoredTypes types = options_.types;
+    types.weights = types.adapters = DType::f32;
+    fold_to(folded, l, types);
+    LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
+    const Checkpoint file = Checkpoint::open_file(folded.string());
+    Layer layer = load_stored_layer(file, config_, plan, l);
+    const Choice& choice = options_.choice;
+    if (!found) {
+      plan = find_plan(method_,
+                       {config_, choice, l, uniform_levels(config_, choice.sparsity, choice.site_scale)},
+                       layer, calibration);
+      Plan one;
+      one.layers = {plan};
+      const std::string temporary = plan_file(l).string() + ".tmp";
+      write_file(temporary, plan_to_json(one));
+      fs::rename(temporary, plan_file(l));
+    }
+    layer.plan = plan;
+    const bool thinned = wants_.magnitudes && choice.stream == Stream::thinned;
+    if (l + 1 < config_.layers) calibration.walk(layer, l, Pass{!thinned, nullptr}, throw_if_interrupted);
+    fs::remove(folded);
   }
 
   std::map<std::string, std::string> shard_metadata() const {
@@ -466,7 +533,10 @@ class Job {
       if (fs::exists(from))
         fs::copy_file(from, fs::path(partial_) / name, fs::copy_options::overwrite_existing);
     }
-    for (int64_t l = 0; l < config_.layers; ++l) fs::remove(basis_file(l));
+    for (int64_t l = 0; l < config_.layers; ++l) {
+      fs::remove(basis_file(l));
+      fs::remove(plan_file(l));
+    }
     fs::remove(fs::path(partial_) / kJobFile);
     fs::remove(fs::path(partial_) / kFoldedFile);
     vacant_path(output_);
@@ -482,6 +552,7 @@ class Job {
   Checkpoint checkpoint_;
   const Method& method_;
   Wants wants_;
+  bool by_text_;  // layers' plans wait for the text
   bool gptq_;
   std::string output_, partial_;
   std::optional<DirectoryLock> lock_;  // of the partial directory

@@ -1,8 +1,10 @@
 #include "calib/statistics.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "base/error.h"
+#include "base/progress.h"
 
 namespace larosa {
 namespace {
@@ -60,7 +62,66 @@ class ReadObserver : public Observer {
   ThreadPool& pool_;
 };
 
+class MagnitudeObserver : public Observer {
+ public:
+  explicit MagnitudeObserver(SiteMagnitudes& magnitudes) : magnitudes_(magnitudes) {}
+  void see(Site site, Mat entries, Mat) override { magnitudes_[static_cast<size_t>(site)].add(entries); }
+
+ private:
+  SiteMagnitudes& magnitudes_;
+};
+
+double distance(const float* a, const float* b, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+    sum += d * d;
+  }
+  return sum;
+}
+
 }  // namespace
+
+Trial::Trial(Layer& layer, int64_t l, const ModelConfig& config, Backend& backend, Decoder& decoder,
+             std::vector<float> rows, int64_t window)
+    : layer_(layer),
+      index_(l),
+      config_(config),
+      backend_(backend),
+      decoder_(decoder),
+      rows_(std::move(rows)),
+      window_(window) {
+  CHECK(window_ <= decoder_.max_rows());
+  dense_ = run(Pass{true, nullptr});
+}
+
+std::vector<float> Trial::run(const Pass& pass) {
+  std::vector<float> out = rows_;
+  const auto cache = backend_.make_kv_cache({1, config_.kv_heads, config_.head_dim, window_, DType::f32});
+  const Mat all(out.data(), static_cast<int64_t>(out.size()) / config_.dim, config_.dim);
+  for (int64_t first = 0; first < all.rows; first += window_)
+    decoder_.layer(layer_, index_, *cache, 0, 0, all.slice(first, window_), pass);
+  return out;
+}
+
+LayerError Trial::error(const LayerPlan& plan) {
+  throw_if_interrupted();
+  CHECK(plan.groups.size() == layer_.groups.size());
+  LayerPlan kept = std::exchange(layer_.plan, plan);
+  const std::vector<float> found = run(Pass{});
+  layer_.plan = std::move(kept);
+  LayerError error;
+  const std::vector<float> zero(static_cast<size_t>(config_.dim));
+  const int64_t tokens = static_cast<int64_t>(rows_.size()) / config_.dim;
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* dense = dense_.data() + t * config_.dim;
+    const double off = distance(found.data() + t * config_.dim, dense, config_.dim);
+    const double size = distance(dense, zero.data(), config_.dim);
+    error.absolute += off / static_cast<double>(tokens);
+    if (size > 0) error.relative += off / size / static_cast<double>(tokens);
+  }
+  return error;
+}
 
 Calibration::Calibration(const OuterWeights& outer, const ModelConfig& config, Backend& backend,
                          ThreadPool& pool, std::span<const int32_t> tokens, int64_t window)
@@ -121,13 +182,46 @@ std::vector<Matrix> Calibration::read_moments(const Layer& layer, int64_t l,
     moments.emplace_back(width, width);
   }
   ReadObserver observer(moments, pool_);
+  observe(layer, l, Pass{false, &observer}, tick);
+  return moments;
+}
+
+void Calibration::observe(const Layer& layer, int64_t l, const Pass& pass,
+                          const std::function<void()>& tick) {
   scratch_.resize(static_cast<size_t>(window_ * config_.dim));
   for (int64_t w = 0; w < windows_; ++w) {
     std::copy_n(stream_.data() + w * window_ * config_.dim, window_ * config_.dim, scratch_.data());
-    walk_window(layer, l, Pass{false, &observer}, Mat(scratch_.data(), window_, config_.dim));
+    walk_window(layer, l, pass, Mat(scratch_.data(), window_, config_.dim));
     tick();
   }
-  return moments;
+}
+
+SiteMagnitudes Calibration::magnitudes(const Layer& layer, int64_t l, const Pass& pass) {
+  SiteMagnitudes magnitudes;
+  MagnitudeObserver observer(magnitudes);
+  observe(layer, l, Pass{pass.dense, &observer}, throw_if_interrupted);
+  return magnitudes;
+}
+
+Trial Calibration::trial(Layer& layer, int64_t l) {
+  const int64_t window = std::min(window_, Trial::kWindow), windows = std::min(windows_, Trial::kWindows);
+  std::vector<float> rows;
+  for (int64_t w = 0; w < windows; ++w) {
+    const auto first = stream_.begin() + w * (windows_ / windows) * window_ * config_.dim;
+    rows.insert(rows.end(), first, first + window * config_.dim);
+  }
+  return Trial(layer, l, config_, backend_, decoder_, std::move(rows), window);
+}
+
+void Calibration::turn(const Matrix& basis) {
+  std::vector<float> narrow(basis.data.begin(), basis.data.end());
+  const Weight weight{narrow.data(), nullptr, DType::f32, Layout::channels, basis.rows, basis.cols};
+  scratch_.resize(static_cast<size_t>(window_ * config_.dim));
+  for (int64_t w = 0; w < windows_; ++w) {
+    const Mat rows(stream_.data() + w * window_ * config_.dim, window_, config_.dim);
+    backend_.rotate(rows, weight, Mat(scratch_.data(), window_, config_.dim));
+    std::copy(scratch_.begin(), scratch_.end(), rows.data);
+  }
 }
 
 }  // namespace larosa

@@ -50,6 +50,7 @@ class Scorer {
         decoder_(model.config, backend),
         context_(context),
         kv_(kv),
+        counts_(varies(model.plan)),
         hidden_(backend.allocate(context * model.config.dim * kFloat)),
         logits_(backend.allocate(block_rows() * model.config.vocab * kFloat)),
         scores_(static_cast<size_t>(block_rows() * model.config.vocab)) {}
@@ -67,8 +68,30 @@ class Scorer {
     const auto first = static_cast<size_t>(std::min(dense_rows, rows));
     if (first > 0) decoder_.forward(model_, tokens.first(first), *cache, 0, Pass{true, nullptr}, hidden);
     if (first == tokens.size()) return;
-    decoder_.forward(model_, tokens.subspan(first), *cache, static_cast<int64_t>(first), Pass{},
+    decoder_.forward(model_, tokens.subspan(first), *cache, static_cast<int64_t>(first),
+                     Pass{false, nullptr, counts_ ? &tally_ : nullptr},
                      hidden.slice(static_cast<int64_t>(first), rows - static_cast<int64_t>(first)));
+  }
+
+  /// What the sparse rows so far have dropped.
+  void report_reached(PerplexityResult& result) const {
+    if (tally_.rows == 0) return;
+    const PlanShape shape = plan_shape(model_.config);
+    double read = 0, all = 0;
+    std::array<double, 4> kept{}, projections{};
+    for (const auto& layer : tally_.kept) {
+      for (const Projection p : kProjections) {
+        const auto i = static_cast<size_t>(p), site = static_cast<size_t>(site_of(p));
+        const double share = static_cast<double>(layer[i]) / static_cast<double>(tally_.rows) /
+                             static_cast<double>(shape.site_dim[site]);
+        read += share * static_cast<double>(shape.projection_weights[i]);
+        all += static_cast<double>(shape.projection_weights[i]);
+        kept[site] += share;
+        projections[site] += 1;
+      }
+    }
+    result.reached = 1 - read / all;
+    for (size_t s = 0; s < kept.size(); ++s) result.reached_sites[s] = 1 - kept[s] / projections[s];
   }
 
   /// Log-probabilities after rows [first, first + count) of the window, in host memory.
@@ -89,6 +112,8 @@ class Scorer {
   Decoder decoder_;
   int64_t context_;
   DType kv_;
+  bool counts_;
+  Tally tally_;
   std::shared_ptr<void> hidden_, logits_;  // backend memory
   std::vector<float> scores_;
 };
@@ -218,6 +243,7 @@ PerplexityResult perplexity(const Model& model, const Model* reference, Backend&
     result.windows = w + 1;
     result.tokens += length;
     totals.report(result, reference != nullptr);
+    scorer.report_reached(result);
     result.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     seen(result, windows);
   }

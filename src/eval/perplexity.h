@@ -1,8 +1,10 @@
 // How well a model predicts a text, and how far it is from another model.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -65,6 +67,10 @@ struct PerplexityResult {
   Mean kl;              // Σ p_reference log(p_reference / p_model), nats
   double same_top = 0;  // share of predictions whose most likely token is the reference's
   double seconds = 0;
+  /// Where the plan has thresholds, what was dropped: share of the projections' weights, of the sites'
+  /// entries (the mean over layers and the projections that read them).
+  std::optional<double> reached;
+  std::array<double, 4> reached_sites{};
 };
 
 /// exp(nll) and its standard error by the first-order rule, as llama.cpp prints it.

@@ -14,6 +14,7 @@ struct Decoder::Step {
   const Pass& pass;
   std::array<Mat, 7> out;  // where each projection's result goes
   Mat stream;              // x of the layer, for the observer
+  int64_t index;           // of the layer in the model, for the tally
 };
 
 Decoder::Decoder(const ModelConfig& config, Backend& backend, int64_t max_rows)
@@ -51,6 +52,11 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
   const auto observe = [&](size_t group, Mat read) {
     if (step.pass.observer) step.pass.observer->read(group, read);
   };
+  const auto count = [&](const Group& group, int64_t kept) {
+    if (!step.pass.tally) return;
+    for (const Projection p : group.projections)
+      step.pass.tally->kept[static_cast<size_t>(step.index)][static_cast<size_t>(p)] += kept;
+  };
   const Layer& layer = step.layer;
   for (size_t g = 0; g < layer.plan.groups.size(); ++g) {
     const Group& group = layer.plan.groups[g];
@@ -65,6 +71,7 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
     const Rule& rule = group.rule;
     if (step.pass.dense || rule.select == Select::all) {
       observe(g, entries);
+      count(group, entries.rows * entries.cols);
       backend_.matmul(entries, products);
       continue;
     }
@@ -79,6 +86,7 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
     } else {
       backend_.threshold(vector, layer.groups[g].scale, rule.cut, *kept_);
     }
+    if (step.pass.tally) count(group, backend_.count(*kept_));
     if (!rule.rotated) {
       if (step.pass.observer) {
         backend_.expand(*kept_, turned);
@@ -104,7 +112,7 @@ void Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t c
   const auto view = [rows](const Mat& m) { return Mat(m.data, rows, m.cols); };
   const Mat h = view(h_), q = view(q_), k = view(k_), v = view(v_), att = view(att_), gate = view(gate_),
             up = view(up_), mid = view(mid_);
-  const Step step{layer, pass, {q, k, v, x, gate, up, x}, x};
+  const Step step{layer, pass, {q, k, v, x, gate, up, x}, x, index};
   const LayerWeights& w = layer.weights;
 
   backend_.rms_norm(x, w.norm_attn, config_.norm_eps, h);
@@ -138,6 +146,10 @@ void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCac
     const int64_t offset = static_cast<int64_t>(first), rows = static_cast<int64_t>(count);
     Mat x(x_.data, rows, config_.dim), next(next_.data, rows, config_.dim);
     embed(model.outer, tokens.subspan(first, count), x);
+    if (pass.tally) {
+      pass.tally->kept.resize(static_cast<size_t>(config_.layers));
+      pass.tally->rows += rows;
+    }
     for (int64_t l = 0; l < config_.layers; ++l) {
       const Layer& block = model.layers[static_cast<size_t>(l)];
       layer(block, l, cache, l, pos + offset, x, pass);

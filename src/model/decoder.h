@@ -2,6 +2,7 @@
 // thinned stands in each layer's plan.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -26,10 +27,17 @@ class Observer {
   }
 };
 
+/// Channels that rows have read, by layer and projection.
+struct Tally {
+  std::vector<std::array<int64_t, 7>> kept;  // by layer, Projection
+  int64_t rows = 0;                          // that went through layer 0
+};
+
 /// How rows are treated.
 struct Pass {
   bool dense = false;  // read every channel whatever the plan says
   Observer* observer = nullptr;
+  Tally* tally = nullptr;  // counts what was kept; not with dense
 };
 
 class Decoder {

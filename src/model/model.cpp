@@ -242,7 +242,7 @@ TokenBytes token_bytes(const Model& model, DType kv) {
       for (Projection p : group.projections) {
         const Weight& w = layer.weights[p];
         bytes.projections_dense += w.bytes();
-        const bool thinned = group.rule.select == Select::topk && !group.rule.rotated;
+        const bool thinned = group.rule.select != Select::all && group.rule.keep > 0 && !group.rule.rotated;
         bytes.projections += thinned ? group.rule.keep * w.line_bytes() : w.bytes();
         if (w.bias) bytes.outer += w.out * 4;
       }

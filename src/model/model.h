@@ -75,7 +75,7 @@ PlanShape plan_shape(const ModelConfig& config);
 
 /// Bytes that decoding one token reads, by what they are for.
 struct TokenBytes {
-  int64_t projections = 0;        // kept channels of the seven projections, all layers
+  int64_t projections = 0;        // kept channels of the seven projections, all layers; thresholds: expected
   int64_t projections_dense = 0;  // the same with every channel kept
   int64_t adapters = 0;
   int64_t thinning = 0;         // score weights and run-time bases

@@ -20,7 +20,10 @@ constexpr int kVersion = 1;
 json rule_to_json(const Rule& rule) {
   json j = {{"select", kSelectNames[static_cast<int>(rule.select)]}};
   if (rule.select == Select::topk) j["keep"] = rule.keep;
-  if (rule.select == Select::threshold) j["cut"] = rule.cut;
+  if (rule.select == Select::threshold) {
+    j["cut"] = rule.cut;
+    if (rule.keep > 0) j["keep"] = rule.keep;
+  }
   if (rule.scaled) j["scaled"] = true;
   if (rule.rotated) j["rotated"] = true;
   return j;
@@ -33,8 +36,10 @@ Rule rule_from_json(const Fields& j) {
   if (known == std::end(kSelectNames)) j.refuse("select", "expected all, topk or threshold");
   rule.select = static_cast<Select>(known - std::begin(kSelectNames));
   if (rule.select == Select::topk) rule.keep = j.integer("keep", 1, int64_t{1} << 32);
-  if (rule.select == Select::threshold)
+  if (rule.select == Select::threshold) {
     rule.cut = static_cast<float>(j.number("cut", 0, double{std::numeric_limits<float>::max()}));
+    rule.keep = j.find_integer("keep", 1, int64_t{1} << 32).value_or(0);
+  }
   rule.scaled = j.boolean_or("scaled", false);
   rule.rotated = j.boolean_or("rotated", false);
   return rule;
@@ -86,6 +91,9 @@ void validate_rule(const Rule& rule, int64_t dim, const std::string& where) {
   if (rule.select == Select::threshold && !(rule.cut >= 0 && std::isfinite(rule.cut))) {
     fail(where, ": cut is ", rule.cut, ", expected a finite number of at least 0");
   }
+  if (rule.select == Select::threshold && (rule.keep < 0 || rule.keep > dim)) {
+    fail(where, ": keep is ", rule.keep, ", expected at most ", dim);
+  }
 }
 
 }  // namespace
@@ -98,6 +106,18 @@ LayerPlan dense_layer() {
 bool thins(const LayerPlan& layer) {
   return std::any_of(layer.groups.begin(), layer.groups.end(),
                      [](const Group& group) { return group.rule.select != Select::all; });
+}
+
+bool varies(const Plan& plan) {
+  return std::any_of(plan.layers.begin(), plan.layers.end(), [](const LayerPlan& layer) {
+    return std::any_of(layer.groups.begin(), layer.groups.end(),
+                       [](const Group& group) { return group.rule.select == Select::threshold; });
+  });
+}
+
+double kept_share(const Rule& rule, int64_t dim) {
+  const bool counted = rule.select != Select::all && rule.keep > 0;
+  return counted ? static_cast<double>(rule.keep) / static_cast<double>(dim) : 1.0;
 }
 
 std::string plan_to_json(const Plan& plan) {
@@ -159,10 +179,6 @@ void validate(const Plan& plan, const PlanShape& shape, const std::string& sourc
 }
 
 namespace {
-
-double kept_share(const Rule& rule, int64_t dim) {
-  return rule.select == Select::topk ? static_cast<double>(rule.keep) / static_cast<double>(dim) : 1.0;
-}
 
 /// Weights a token reads in a layer.
 double weights_read(const LayerPlan& layer, const PlanShape& shape) {

@@ -17,8 +17,9 @@ enum class Select { all, topk, threshold };
 /// How one activation vector is thinned before a group of projections reads it.
 struct Rule {
   Select select = Select::all;
-  int64_t keep = 0;     // topk: entries kept per token
-  float cut = 0;        // threshold: entries with score above it are kept
+  int64_t keep =
+      0;          // topk: entries kept per token; threshold: on average when the cut was chosen, 0: unknown
+  float cut = 0;  // threshold: entries with score above it are kept
   bool scaled = false;  // the score is |x_i|·scale_i, else |x_i|; tensor "layers.L.<first projection>.scale"
   bool rotated = false;  // thinned in a run-time basis: h ← select(h B) Bᵀ; tensor "layers.L.<first>.basis"
   bool operator==(const Rule&) const = default;
@@ -51,6 +52,10 @@ struct Plan {
 LayerPlan dense_layer();
 /// True when some group of the layer is not read whole.
 bool thins(const LayerPlan& layer);
+/// True when some group's share depends on the text.
+bool varies(const Plan& plan);
+/// Share of `dim` entries that a rule lets through, for thresholds the expected one (all where unknown).
+double kept_share(const Rule& rule, int64_t dim);
 
 /// JSON text ↔ Plan. plan_from_json throws Error naming `source` and the field.
 std::string plan_to_json(const Plan& plan);
@@ -68,7 +73,7 @@ struct PlanShape {
 void validate(const Plan& plan, const PlanShape& shape, const std::string& source);
 
 /// Share of the weights of a layer (of all layers) that a token does not read. Threshold groups have no fixed
-/// share: they count as read whole here.
+/// share: they count by the keep that is expected of them.
 double weight_sparsity(const LayerPlan& layer, const PlanShape& shape);
 double weight_sparsity(const Plan& plan, const PlanShape& shape);
 /// Share of the entries of a site that are dropped in a layer (the mean over the groups that read it).

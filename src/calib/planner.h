@@ -1,0 +1,17 @@
+// From statistics to plans: what a layer's plan needs to know of the calibration text is found here, through
+// the interpreter that runs the plan later.
+#pragma once
+
+#include "calib/methods.h"
+#include "calib/statistics.h"
+
+namespace larosa {
+
+/// True when a layer's plan depends on what reaches the layer.
+bool plans_by_text(const Method& method, const Choice& choice);
+
+/// The plan of a layer that stands where `calibration` has come to. `layer`: as its outline (method.plan
+/// without statistics) was folded, in float32. `task`: levels as uniform ones, no magnitudes.
+LayerPlan find_plan(const Method& method, LayerTask task, Layer& layer, Calibration& calibration);
+
+}  // namespace larosa

@@ -1,0 +1,79 @@
+// Sharing out a budget: what the greedy walk does where the best answer is known.
+#include "calib/allocate.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+#include "base/error.h"
+#include "model_fixture.h"
+
+namespace larosa {
+namespace {
+
+double share_of(const ModelConfig& config, const Levels& levels) {
+  double dropped = 0;
+  for (const Projection p : kProjections)
+    dropped += levels[static_cast<size_t>(p)] * static_cast<double>(projection_in(config, p)) *
+               static_cast<double>(projection_out(config, p));
+  return dropped / static_cast<double>(layer_weights(config));
+}
+
+TEST(Greedy, FindsTheMinimumOfAConvexSum) {
+  // Σ a_g s_g² at Σ w_g s_g = S is least at s_g = S (w_g / a_g) / Σ (w² / a).
+  const ModelConfig config = load_config(demo_model());
+  const LayerPlan outline = dense_layer();  // q k v | o | gate up | down
+  const double weight[] = {2, 1, 5.5, 2.75}, cost[] = {1, 0.5, 4, 1};
+  int calls = 0;
+  const auto error = [&](const Levels& levels) {
+    ++calls;
+    double sum = 0;
+    for (size_t g = 0; g < outline.groups.size(); ++g)
+      sum += cost[g] * std::pow(levels[static_cast<size_t>(outline.groups[g].projections[0])], 2);
+    return sum;
+  };
+  const Levels levels = greedy_levels(config, outline, 0.4, error);
+  EXPECT_NEAR(share_of(config, levels), 0.4, 1e-9);
+  double scale = 0;
+  for (size_t g = 0; g < 4; ++g) scale += weight[g] * weight[g] / cost[g] / 11.25;
+  for (size_t g = 0; g < 4; ++g) {
+    const double step = 0.005 * 11.25 / weight[g];
+    for (const Projection p : outline.groups[g].projections)
+      EXPECT_NEAR(levels[static_cast<size_t>(p)], 0.4 * weight[g] / cost[g] / scale, step) << g;
+  }
+  EXPECT_LT(calls, 2.5 * 80);  // 80 steps, four groups: stale costs are not asked for again
+}
+
+TEST(Greedy, StopsAtTheLargestLevel) {
+  const ModelConfig config = load_config(demo_model());
+  const auto cheap_down = [](const Levels& levels) { return levels[0] + levels[3] + levels[4]; };
+  const Levels levels = greedy_levels(config, dense_layer(), 0.5, cheap_down);
+  EXPECT_DOUBLE_EQ(levels[static_cast<size_t>(Projection::down)], kMostSparse);
+  EXPECT_NEAR(share_of(config, levels), 0.5, 1e-9);
+  const Levels all = greedy_levels(config, dense_layer(), kMostSparse, cheap_down);
+  for (const double level : all) EXPECT_NEAR(level, kMostSparse, 1e-6);
+  EXPECT_THROW(greedy_levels(config, dense_layer(), 0.96, cheap_down), Error);
+}
+
+TEST(Magnitudes, QuantilesOfWhatWasSeen) {
+  std::vector<float> x;
+  for (int i = 1; i <= 1000; ++i) x.push_back((i % 2 ? 1.0f : -1.0f) * static_cast<float>(i));
+  Magnitudes seen;
+  seen.add(Mat(x.data(), 10, 100));
+  EXPECT_EQ(seen.quantile(0), 0);
+  EXPECT_EQ(seen.share_above(0), 1);
+  for (const double level : {0.1, 0.5, 0.9}) {
+    const float cut = seen.quantile(level);
+    EXPECT_NEAR(cut, 1000 * level, 1);  // a bin is 1/2048 of an octave
+    EXPECT_NEAR(seen.share_above(cut), 1 - level, 1e-9);
+    const int64_t kept = std::count_if(x.begin(), x.end(), [&](float v) { return std::abs(v) > cut; });
+    EXPECT_EQ(kept, std::llround(1000 * (1 - level)));
+  }
+  x[3] = std::nanf("");
+  Magnitudes bad;
+  bad.add(Mat(x.data(), 1, 10));
+  EXPECT_THROW(bad.quantile(1), Error);
+}
+
+}  // namespace
+}  // namespace larosa
