@@ -520,6 +520,11 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   expect_refused(sparsify("teal", {"--score", "norm", "--calib", text()}), {"--score", "teal"});
   expect_refused(sparsify("teal", {}), {"--calib", "teal"});
   expect_refused(sparsify("topk", {"--calib-stream", "dense"}), {"--calib-stream", "topk"});
+  expect_refused(sparsify("topk", {"--rotate", "off"}), {"--rotate", "topk"});
+  expect_refused(sparsify("wina", {"--bases", "separate"}), {"--bases", "wina"});
+  expect_refused(sparsify("wina", {"--score", "norm"}), {"--score", "wina"});
+  expect_refused(sparsify("larosa", {"--bases", "h1", "--pool", "on", "--calib", text()}),
+                 {"--pool", "--bases"});
   expect_refused(sparsify("topk", {"--allocation", "greedy", "--site-scale", "1,1,1,1"}),
                  {"--site-scale", "greedy"});
   expect_refused({"bench", "--config", dir_ / "config.json", "--random-weights", "--method", "teal"},

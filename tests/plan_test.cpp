@@ -57,6 +57,7 @@ TEST(Plan, RandomPlansComeBackEqual) {
       LayerPlan layer = dense_layer();
       if (below(2)) layer.groups.push_back({{up}, {}});
       layer.adapter = below(2);
+      layer.middle = below(2);
       for (Group& group : layer.groups) {
         Rule& rule = group.rule;
         rule.select = static_cast<Select>(below(3));
@@ -130,6 +131,7 @@ TEST(Plan, ValidateRefusals) {
   expect([](Plan& p) { p.layers[1].groups[0].projections.pop_back(); }, {"layer 1", "wv", "0 groups"});
   expect([](Plan& p) { p.layers[0].groups.push_back({{down}, {}}); }, {"layer 0", "down", "2 groups"});
   expect([](Plan& p) { p.layers[1].adapter = true; }, {"last layer", "adapter"});
+  expect([](Plan& p) { p.layers[0].middle = true; }, {"layer 0", "middle", "no adapter"});
   for (const int64_t keep : {0, -3, 41})
     expect(
         [&](Plan& p) {

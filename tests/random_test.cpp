@@ -53,12 +53,12 @@ TEST(RandomModel, TypesOfEachClass) {
   };
   const Model quiet = make({DType::int4});
   EXPECT_EQ(quiet.layers[1].weights[Projection::gate].dtype, DType::int4);
-  EXPECT_EQ(quiet.layers[1].adapter.dtype, DType::int8);
+  EXPECT_EQ(quiet.layers[1].adapter.weight.dtype, DType::int8);
   EXPECT_EQ(quiet.outer.head.dtype, DType::int8);
   EXPECT_EQ(quiet.outer.head.layout, Layout::channels);
   EXPECT_EQ(quiet.outer.embed.layout, Layout::rows);
   const Model chosen = make({DType::int8, 1, DType::bf16, DType::f16});
-  EXPECT_EQ(chosen.layers[1].adapter.dtype, DType::bf16);
+  EXPECT_EQ(chosen.layers[1].adapter.weight.dtype, DType::bf16);
   EXPECT_EQ(chosen.outer.head.dtype, DType::f16);
   EXPECT_EQ(chosen.outer.head.layout, Layout::rows);
   for (const Model* model : {&quiet, &chosen}) {

@@ -102,6 +102,106 @@ TEST_F(Sparsify, KeepAllEqualsDenseBitForBit) {  // law 1
   EXPECT_EQ(all_logits(model, *backend_, tokens, 12), all_logits(model, *backend_, tokens, 12, true));
 }
 
+/// Methods that turn the stream in other ways than the default.
+std::vector<SparsifyOptions> other_bases(double sparsity) {
+  SparsifyOptions separate, grouped, one, wina;
+  separate.choice.source = Source::separate;
+  grouped.choice.basis_layers = 3;
+  one.choice.basis_layers = 0;
+  wina.method = "wina";
+  std::vector<SparsifyOptions> all = {separate, grouped, one, wina};
+  for (SparsifyOptions& options : all) options.choice.sparsity = sparsity;
+  return all;
+}
+
+TEST_F(Sparsify, OtherBasesGiveTheOriginalLogits) {  // laws 1, 3 and 4
+  for (const std::string& source : tiny_models()) {
+    const Model original = load_model(source);
+    const auto tokens = some_tokens(original.config.vocab, 24);
+    const auto expected = all_logits(original, *backend_, tokens, tokens.size());
+    for (SparsifyOptions options : other_bases(0)) {
+      for (const auto& adapters : {std::optional<DType>(), std::optional(DType::int8)}) {
+        options.types.adapters = adapters;
+        TemporaryDir dir;
+        make(source, dir / "out", options);
+        const Model model = load_model(dir / "out");
+        const auto found = all_logits(model, *backend_, tokens, tokens.size());
+        EXPECT_LT(relative_rms(found, expected), adapters ? 0.06 : storage_tolerance(original)) << source;
+        EXPECT_EQ(found, all_logits(model, *backend_, tokens, tokens.size(), true));
+        EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 5), found), 1e-4) << source;
+      }
+    }
+  }
+}
+
+TEST_F(Sparsify, OtherBasesFoldedEqualSimulated) {
+  const std::string source = source_path("tests/golden/models/llama3.1-f32");
+  const auto tokens = some_tokens(load_config(source).vocab, 24);
+  for (SparsifyOptions options : other_bases(0.4)) {
+    TemporaryDir dir;
+    make(source, dir / "folded", options);
+    options.choice.form = Form::simulate;
+    make(source, dir / "simulate", options);
+    const auto folded = all_logits(load_model(dir / "folded"), *backend_, tokens, tokens.size());
+    const auto simulated = all_logits(load_model(dir / "simulate"), *backend_, tokens, tokens.size());
+    EXPECT_LT(relative_rms(folded, simulated), 1e-3) << options.method;
+  }
+}
+
+TEST_F(Sparsify, AdaptersStandWhereBasesChange) {
+  const auto adapters = [&](const SparsifyOptions& options) {
+    TemporaryDir dir;
+    make(demo_model(), dir / "out", options);
+    const Model model = load_model(dir / "out");
+    std::string text;
+    for (const Layer& layer : model.layers) {
+      EXPECT_EQ(bool(layer.middle), layer.plan.middle);
+      EXPECT_EQ(bool(layer.adapter), layer.plan.adapter);
+      text += layer.middle ? "m" : ".";
+      text += layer.adapter ? "a" : ".";
+    }
+    EXPECT_EQ(token_bytes(model).adapters,
+              256 * 256 * 2 * std::count_if(text.begin(), text.end(), [](char c) { return c != '.'; }));
+    EXPECT_EQ(model_bytes(model), model.checkpoint->bytes());
+    return text;
+  };
+  const std::vector<SparsifyOptions> options = other_bases(0.5);
+  EXPECT_EQ(adapters(options[0]), "mamamamamamamam.");
+  EXPECT_EQ(adapters(options[1]), ".....a.....a....");
+  EXPECT_EQ(adapters(options[2]), "................");
+  EXPECT_EQ(adapters(options[3]), "mamamamamamamam.");
+}
+
+/// WINA: channels of k and gate are orthogonal, and their norms alone score.
+TEST_F(Sparsify, WinaMakesChannelsOrthogonal) {
+  TemporaryDir dir;
+  SparsifyOptions options;
+  options.method = "wina";
+  options.types.weights = DType::f32;
+  make(demo_model(), dir / "out", options);
+  const Model model = load_model(dir / "out");
+  for (const Layer& layer : model.layers) {
+    for (const Projection p : {Projection::wk, Projection::gate}) {
+      const Weight& w = layer.weights[p];
+      const auto* scale = layer.groups[p == Projection::wk ? 0 : 2].scale;
+      const auto dot = [&](int64_t a, int64_t b) {
+        double sum = 0;
+        for (int64_t j = 0; j < w.out; ++j)
+          sum += static_cast<double>(load_element(w.data, w.dtype, a * w.out + j)) *
+                 static_cast<double>(load_element(w.data, w.dtype, b * w.out + j));
+        return sum;
+      };
+      const double largest = dot(0, 0);
+      for (int64_t i = 0; i < w.in; i += 17) {
+        EXPECT_NEAR(scale[i], std::sqrt(dot(i, i)), 1e-5 * std::sqrt(largest));
+        for (int64_t j = i + 1; j < w.in; j += 31) EXPECT_LT(std::abs(dot(i, j)), 1e-5 * largest);
+      }
+    }
+    EXPECT_FALSE(layer.plan.groups[1].rule.scaled);
+    EXPECT_FALSE(layer.plan.groups[3].rule.scaled);
+  }
+}
+
 constexpr DType kLineTypes[] = {DType::int8, DType::int4};
 
 SparsifyOptions quantised_to(DType t, double sparsity) {
@@ -182,7 +282,7 @@ TEST_F(Sparsify, QuantisedFilesOfEveryFamilyAndForm) {
           EXPECT_EQ(model.plan.notes.at("weights"), dtype_name(t));
           for (const Layer& layer : model.layers) {
             for (const Weight& w : layer.weights.projection) EXPECT_EQ(w.dtype, t);
-            EXPECT_TRUE(!layer.adapter || layer.adapter.dtype == DType::int8);
+            EXPECT_TRUE(!layer.adapter || layer.adapter.weight.dtype == DType::int8);
           }
           check_finite(model);
           EXPECT_EQ(model_bytes(model), model.checkpoint->bytes());
@@ -203,7 +303,7 @@ TEST_F(Sparsify, TypesOfEachClass) {
   make(demo_model(), dir / "out", options);
   const Model model = load_model(dir / "out");
   EXPECT_EQ(model.layers[0].weights[Projection::up].dtype, DType::f16);
-  EXPECT_EQ(model.layers[0].adapter.dtype, DType::int4);
+  EXPECT_EQ(model.layers[0].adapter.weight.dtype, DType::int4);
   EXPECT_EQ(model.outer.head.dtype, DType::f32);
   EXPECT_EQ(model.outer.head.layout, Layout::rows);
   EXPECT_EQ(model.outer.embed.dtype, DType::int4);
@@ -264,7 +364,7 @@ TEST_F(Sparsify, CalibrationWalksAsTheDecoderDoes) {
     if (t == DType::bf16) options = SparsifyOptions{};
     make(demo_model(), dir / "out", options);
     const Model model = load_model(dir / "out");
-    ASSERT_TRUE(model.layers[0].adapter);
+    ASSERT_TRUE(bool(model.layers[0].adapter));
     const ModelConfig& c = model.config;
     const auto tokens = some_tokens(c.vocab, kWindow, 7);
     Seen expected, found;
@@ -548,8 +648,9 @@ TEST_F(Sparsify, RefusesBadInput) {
   }
   SparsifyOptions unknown = with_sparsity(0.5);
   unknown.method = "magic";
-  EXPECT_NE(message_of([&] { make(demo_model(), dir / "out", unknown); }).find("larosa, topk, teal, dense"),
-            std::string::npos);
+  EXPECT_NE(
+      message_of([&] { make(demo_model(), dir / "out", unknown); }).find("larosa, topk, teal, wina, dense"),
+      std::string::npos);
   EXPECT_FALSE(std::filesystem::exists(dir / "out"));
   EXPECT_FALSE(std::filesystem::exists(dir / "out.partial"));
   const std::vector<int32_t> few = {1, 2, 3};

@@ -1,5 +1,6 @@
 // larosa bench: how fast a model, or any shape with random weights, runs on this machine.
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstdio>
 #include <functional>
@@ -38,7 +39,7 @@ struct Reading {
   bool sparse = false;
   std::vector<LayerPlan> plans;
   std::vector<std::vector<GroupData>> groups;
-  std::vector<Weight> adapters;
+  std::vector<std::array<Adapter, 2>> adapters;  // in the middle, at the end
 };
 
 Reading reading_of(const Model& model) {
@@ -48,7 +49,7 @@ Reading reading_of(const Model& model) {
   for (const Layer& layer : model.layers) {
     reading.plans.push_back(layer.plan);
     reading.groups.push_back(layer.groups);
-    reading.adapters.push_back(layer.adapter);
+    reading.adapters.push_back({layer.middle, layer.adapter});
   }
   return reading;
 }
@@ -58,14 +59,16 @@ Reading dense_reading(const Model& model) {
   const size_t layers = model.layers.size();
   const LayerPlan plan = dense_layer();
   return {"dense", false, std::vector(layers, plan),
-          std::vector(layers, std::vector<GroupData>(plan.groups.size())), std::vector<Weight>(layers)};
+          std::vector(layers, std::vector<GroupData>(plan.groups.size())),
+          std::vector<std::array<Adapter, 2>>(layers)};
 }
 
 void use(Model& model, const Reading& reading) {
   for (size_t l = 0; l < model.layers.size(); ++l) {
     model.layers[l].plan = reading.plans[l];
     model.layers[l].groups = reading.groups[l];
-    model.layers[l].adapter = reading.adapters[l];
+    model.layers[l].middle = reading.adapters[l][0];
+    model.layers[l].adapter = reading.adapters[l][1];
   }
 }
 
@@ -158,8 +161,10 @@ void name_tensors(const Model& model, Profile& profile) {
     profile.name(w.norm_mlp, "norm_mlp");
     profile.name(w.norm_q, "norm_q");
     profile.name(w.norm_k, "norm_k");
-    profile.name(layer.adapter.data, "adapter");
-    profile.name(layer.adapter_top.data, "adapter top");
+    for (const Adapter* adapter : {&layer.middle, &layer.adapter}) {
+      profile.name(adapter->weight.data, "adapter");
+      profile.name(adapter->top.data, "adapter top");
+    }
     for (size_t g = 0; g < layer.groups.size(); ++g) {
       const char* site = site_name(site_of(layer.plan.groups[g].projections[0]));
       profile.name(layer.groups[g].scale, site);

@@ -2,6 +2,7 @@
 #include "calib/sparsify.h"
 #include "calib/planner.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -17,12 +18,12 @@ namespace larosa {
 namespace {
 
 struct Flags {
-  std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", rotate_h2 = "on",
-                             score = "norm", select = "normalised", site_scale = "1,1,1,1",
-                             allocation = "uniform", calib_stream = "thinned", weights = "source",
-                             adapter_weights, head_weights, embed_weights, rounding;
+  std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", bases,
+                             rotate = "on", rotate_h2 = "on", score = "norm", select = "normalised",
+                             site_scale = "1,1,1,1", allocation = "uniform", calib_stream = "thinned",
+                             weights = "source", adapter_weights, head_weights, embed_weights, rounding;
   double sparsity = 0.5;
-  int64_t calib_tokens = 0;
+  int64_t calib_tokens = 0, basis_layers = 1;
   bool check_tensors = false;
   MachineOptions machine;
 };
@@ -49,6 +50,13 @@ void apply_preset(Flags& f, const CLI::App& app) {
   preset("--score", f.score, "magnitude");
   preset("--site-scale", f.site_scale, "0.8,1.2,0.8,1.2");
   preset("--select", f.select, f.form == "simulate" ? "gained" : "normalised");
+}
+
+/// --pool on|off is the older spelling of two of them.
+Source basis_source(const Flags& f) {
+  if (f.bases == "separate") return Source::separate;
+  if (f.bases.empty()) return f.pool == "on" ? Source::pooled : Source::h1;
+  return f.bases == "pooled" ? Source::pooled : Source::h1;
 }
 
 std::vector<int32_t> calibration_tokens(const Flags& f, int64_t& window) {
@@ -89,7 +97,7 @@ StoredTypes stored_types(const Flags& f) {
 
 bool needs_text(const SparsifyOptions& options) {
   const Method& method = find_method(options.method);
-  return method.wants(options.choice).any() || plans_by_text(method, options.choice) || options.gptq;
+  return method.wants(options.choice).text() || plans_by_text(method, options.choice) || options.gptq;
 }
 
 /// A flag that the method would not look at is a misunderstanding.
@@ -100,9 +108,14 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
     if (app.get_option(option)->count() > 0) fail(option, ": method ", f.method, " does not use it");
   };
   const Wants wants = method.wants(choice);
-  if (!wants.bases()) {
-    for (const char* option : {"--pool", "--rotate-h2", "--select", "--preset"}) refuse(option);
+  if (!wants.moments) {
+    for (const char* option : {"--pool", "--bases", "--basis-layers", "--rotate-h2", "--select", "--preset"})
+      refuse(option);
   }
+  if (!method.scores) refuse("--rotate");
+  if (method.scores) refuse("--score");
+  if (app.get_option("--bases")->count() > 0 && app.get_option("--pool")->count() > 0)
+    fail("--pool: --bases says the same and more, give one of them");
   if (wants.magnitudes) refuse("--score");
   if (!wants.magnitudes) refuse("--calib-stream");
   if (!needs_text(options)) {
@@ -115,7 +128,9 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
     fail("--site-scale: --allocation ", f.allocation, " shares the budget out by itself");
   if (!quantises(options.types) && app.get_option("--rounding")->count() > 0)
     fail("--rounding: --weights ", f.weights, " are not quantised");
-  if (!plan.layers[0].adapter && app.get_option("--adapter-weights")->count() > 0)
+  const auto adapts = [](const LayerPlan& layer) { return layer.adapter || layer.middle; };
+  if (std::none_of(plan.layers.begin(), plan.layers.end(), adapts) &&
+      app.get_option("--adapter-weights")->count() > 0)
     fail("--adapter-weights: method ", f.method, " in this form has no adapters");
   if (!thins(plan.layers[0])) {
     for (const char* option : {"--sparsity", "--score", "--site-scale", "--allocation"}) refuse(option);
@@ -134,7 +149,9 @@ int run(Flags& f, const CLI::App& app) {
   choice.site_scale = parse_scales(f.site_scale);
   choice.form = f.form == "folded" ? Form::folded : Form::simulate;
   choice.score = f.score == "norm" ? Score::norm : Score::magnitude;
-  choice.pool = f.pool == "on";
+  choice.source = basis_source(f);
+  choice.basis_layers = f.basis_layers;
+  choice.rotate = f.rotate == "on";
   choice.rotate_h2 = f.rotate_h2 == "on";
   choice.allocation = f.allocation == "greedy" ? Allocation::greedy : Allocation::uniform;
   choice.stream = f.calib_stream == "dense" ? Stream::dense : Stream::thinned;
@@ -165,7 +182,7 @@ std::function<int()> setup_sparsify(CLI::App& app) {
   const auto on_off = CLI::IsMember({"on", "off"});
   app.add_option("model,-m,--model", f->model, "Hugging Face directory")->required();
   app.add_option("-o,--output", f->output, "Directory to write")->required();
-  app.add_option("--method", f->method, "larosa, topk, teal or dense")->capture_default_str();
+  app.add_option("--method", f->method, "larosa, topk, teal, wina or dense")->capture_default_str();
   app.add_option("--preset", f->preset,
                  "paper: the published combination (simulate, thinned after the gain, basis from h1, .8/1.2)")
       ->check(CLI::IsMember({"paper"}));
@@ -195,6 +212,17 @@ std::function<int()> setup_sparsify(CLI::App& app) {
       ->check(CLI::IsMember({"folded", "simulate"}))
       ->capture_default_str();
   app.add_option("--pool", f->pool, "Basis from h1 and h3 together, else from h1 alone")
+      ->check(on_off)
+      ->capture_default_str();
+  app.add_option("--bases", f->bases,
+                 "Basis from h1 and h3 pooled (as --pool on), from h1 (as --pool off), or separate ones of "
+                 "attention and MLP with a change of basis in between")
+      ->check(CLI::IsMember({"pooled", "h1", "separate"}));
+  app.add_option("--basis-layers", f->basis_layers,
+                 "Neighbouring layers that share a basis and need no adapter between them; 0: all")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
+      ->capture_default_str();
+  app.add_option("--rotate", f->rotate, "wina only: in the bases that make k and gate orthogonal")
       ->check(on_off)
       ->capture_default_str();
   app.add_option("--rotate-h2", f->rotate_h2, "Attention output in a basis per KV head")

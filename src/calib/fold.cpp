@@ -116,16 +116,8 @@ class LayerFolder {
     }
     if (w.norm_q) vector("norm_q", w.norm_q, job_.config.head_dim);
     if (w.norm_k) vector("norm_k", w.norm_k, job_.config.head_dim);
-    if (job_.plan.adapter) {
-      Matrix adapter = multiply_transposed(job_.bases.stream, job_.next->stream, pool_);
-      const DType dtype = job_.types.adapters.value_or(job_.weights[Projection::wo].dtype);
-      if (quantised(dtype)) {
-        Matrix top(std::min(kAdapterTop, adapter.rows), adapter.cols);
-        std::swap_ranges(top.data.begin(), top.data.end(), adapter.data.begin());
-        matrix("adapter.top", top, DType::f32);
-      }
-      matrix("adapter", adapter, dtype);
-    }
+    if (job_.plan.middle) adapter("middle", job_.bases.stream, job_.bases.mlp);
+    if (job_.plan.adapter) adapter("adapter", job_.bases.last(), job_.next->stream);
   }
 
  private:
@@ -136,10 +128,28 @@ class LayerFolder {
     emit_(stored_tensor(prefix_ + name, m, dtype, pool_));
   }
 
+  void adapter(const std::string& name, const Matrix& from, const Matrix& to) {
+    Matrix change = multiply_transposed(from, to, pool_);
+    const DType dtype = job_.types.adapters.value_or(job_.weights[Projection::wo].dtype);
+    if (quantised(dtype)) {
+      Matrix top(std::min(kAdapterTop, change.rows), change.cols);
+      std::swap_ranges(top.data.begin(), top.data.end(), change.data.begin());
+      matrix(name + ".top", top, DType::f32);
+    }
+    matrix(name, change, dtype);
+  }
+  /// The stream's where projections read or write it.
+  const Matrix& stream(Site site) const {
+    return site == Site::h1 || site == Site::h2 ? job_.bases.stream : job_.bases.last();
+  }
+
   void fold_group(const Group& group) {
     const Site site = site_of(group.projections[0]);
     std::vector<double> square(static_cast<size_t>(projection_in(job_.config, group.projections[0])));
-    for (Projection p : group.projections) fold_projection(p, group.rule.scaled ? &square : nullptr);
+    for (Projection p : group.projections) {
+      const bool scores = !job_.method || !job_.method->scores || job_.method->scores(p, *job_.choice);
+      fold_projection(p, group.rule.scaled && scores ? &square : nullptr);
+    }
     const std::string first = projection_name(group.projections[0]);
     if (group.rule.scaled) {
       for (double& s : square) s = std::sqrt(s);
@@ -147,8 +157,7 @@ class LayerFolder {
     }
     if (group.rule.rotated) {
       matrix(first + ".basis",
-             site == Site::h2 ? block_diagonal(job_.config, job_.bases.heads) : job_.bases.stream,
-             DType::f32);
+             site == Site::h2 ? block_diagonal(job_.config, job_.bases.heads) : stream(site), DType::f32);
     }
   }
 
@@ -184,12 +193,12 @@ class LayerFolder {
 
   void turn_inputs(Site site, Matrix& m) {
     const bool reads_stream = site == Site::h1 || site == Site::h3;
-    if (reads_stream && turns_stream_) m = multiply_transposed(job_.bases.stream, m, pool_);
+    if (reads_stream && turns_stream_) m = multiply_transposed(stream(site), m, pool_);
     if (site == Site::h2 && turns_heads_) turn_head_rows(m, job_.config, job_.bases.heads, pool_);
   }
   void turn_outputs(Projection p, Matrix& m) {
     if ((p == Projection::wo || p == Projection::down) && turns_stream_)
-      m = multiply(m, job_.bases.stream, pool_);
+      m = multiply(m, stream(site_of(p)), pool_);
     if (p == Projection::wv && turns_heads_) turn_head_cols(m, job_.config, job_.bases.heads, pool_);
   }
 

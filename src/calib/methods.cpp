@@ -9,10 +9,10 @@
 
 namespace larosa {
 
-extern const Method kDense, kTopk, kLarosa, kTeal;
+extern const Method kDense, kTopk, kLarosa, kTeal, kWina;
 
 std::span<const Method> methods() {
-  static const std::array<Method, 4> table = {kLarosa, kTopk, kTeal, kDense};
+  static const std::array<Method, 5> table = {kLarosa, kTopk, kTeal, kWina, kDense};
   return table;
 }
 
@@ -64,10 +64,17 @@ int64_t keep_of(int64_t dim, double level) {
   return std::clamp<int64_t>(std::llround(static_cast<double>(dim) * (1.0 - level)), 1, dim);
 }
 
+bool ends_basis(const ModelConfig& config, const Choice& choice, int64_t l) {
+  return l + 1 == config.layers || (choice.basis_layers > 0 && (l + 1) % choice.basis_layers == 0);
+}
+
 LayerPlan plan_layer(const Method& method, const LayerTask& task) {
   LayerPlan layer = method.plan(task);
-  const bool moves = method.wants(task.choice).stream && task.choice.form == Form::folded;
-  layer.adapter = moves && task.layer + 1 < task.config.layers;
+  const Wants wants = method.wants(task.choice);
+  if (!wants.stream || task.choice.form != Form::folded) return layer;
+  layer.middle = wants.mlp;
+  layer.adapter =
+      task.layer + 1 < task.config.layers && (wants.mlp || ends_basis(task.config, task.choice, task.layer));
   return layer;
 }
 

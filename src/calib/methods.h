@@ -9,9 +9,12 @@
 
 #include "calib/matrix.h"
 #include "model/config.h"
+#include "model/weights.h"
 #include "plan/plan.h"
 
 namespace larosa {
+
+class ThreadPool;
 
 /// folded: bases are merged into the weights, what a deployment runs. simulate: the weights stay as they are
 /// and the bases are applied at run time; shows what a choice costs in quality without storage rounding.
@@ -20,6 +23,9 @@ enum class Form { folded, simulate };
 /// eq. 4).
 enum class Score { magnitude, norm };
 
+/// Whose principal components the stream's basis is: of h1 and h3 together, of h1 alone, or one each, with a
+/// change of basis between attention and MLP.
+enum class Source { pooled, h1, separate };
 /// How the budget is shared out. uniform: the same levels in every layer, by site_scale; greedy: within each
 /// layer, by what it costs the layer's output (TEAL, arXiv 2408.14690 §4.3).
 enum class Allocation { uniform, greedy };
@@ -33,8 +39,10 @@ struct Choice {
   std::array<double, 4> site_scale = {1, 1, 1, 1};  // relative sparsity of h1 h2 h3 h4
   Form form = Form::folded;
   Score score = Score::norm;
-  bool pool = true;       // basis from h1 and h3 together, else from h1 alone
-  bool rotate_h2 = true;  // attention output in a basis per KV head
+  Source source = Source::pooled;
+  int64_t basis_layers = 1;  // neighbouring layers that share the stream's basis; 0: all
+  bool rotate = true;        // wina: in its rotated bases
+  bool rotate_h2 = true;     // attention output in a basis per KV head
   Allocation allocation = Allocation::uniform;
   Stream stream = Stream::thinned;
   bool after_gain = false;  // thin after the RMSNorm gain, as the published simulation does (simulate only)
@@ -49,14 +57,28 @@ struct Moments {
 /// Bases of one layer; empty: not rotated.
 struct Bases {
   Matrix stream;              // (dim, dim), columns are the basis vectors of h1 and h3
+  Matrix mlp;                 // (dim, dim) those of h3 where it has its own
   std::vector<Matrix> heads;  // per KV head (head_dim, head_dim)
+
+  /// The stream's from the middle of the layer on.
+  const Matrix& last() const { return mlp.empty() ? stream : mlp; }
 };
 
 struct Wants {
-  bool stream = false, heads = false;  // moments, for bases
-  bool magnitudes = false;             // for cuts
+  bool stream = false, mlp = false, heads = false;  // the bases it makes
+  bool moments = false;                             // they come from moments, else from weights alone
+  bool magnitudes = false;                          // for cuts
   bool bases() const { return stream || heads; }
-  bool any() const { return bases() || magnitudes; }
+  bool text() const { return moments || magnitudes; }
+};
+
+/// What a layer's bases are made from.
+struct BasisTask {
+  const ModelConfig& config;
+  const Choice& choice;
+  const LayerWeights& weights;
+  const Moments& moments;  // stream: of all layers that share the basis, empty but for the first of them
+  ThreadPool& pool;
 };
 
 /// Share of the entries that each projection's rule drops; projections of a group share it.
@@ -92,8 +114,10 @@ struct Method {
   const char* name;
   const char* summary;
   Wants (*wants)(const Choice& choice);
-  Bases (*bases)(const Moments& moments, const Choice& choice);
+  Bases (*bases)(const BasisTask& task);
   LayerPlan (*plan)(const LayerTask& task);
+  /// Whether a projection's channels count in its group's score weights; null: all do.
+  bool (*scores)(Projection p, const Choice& choice) = nullptr;
 };
 
 std::span<const Method> methods();
@@ -111,8 +135,10 @@ Levels uniform_levels(const ModelConfig& config, double sparsity, const std::arr
 /// Entries kept of `dim` at a level: round(dim (1 − level)), at least 1.
 int64_t keep_of(int64_t dim, double level);
 
-/// Layer l's plan at `levels`: the method's, with an adapter after each layer but the last where bases are
-/// folded into the stream.
+/// True when layer l is the last of those that share the stream's basis with it.
+bool ends_basis(const ModelConfig& config, const Choice& choice, int64_t l);
+
+/// Layer l's plan at `levels`: the method's, with adapters where folded bases of the stream change.
 LayerPlan plan_layer(const Method& method, const LayerTask& task);
 
 /// What `method` does to a model without looking at a text: every layer at uniform_levels. Names no source

@@ -7,7 +7,7 @@
 
 namespace larosa {
 
-/// True when a layer's plan depends on what reaches the layer.
+/// True when a layer's plan depends on what reaches it.
 bool plans_by_text(const Method& method, const Choice& choice);
 
 /// The plan of a layer that stands where `calibration` has come to. `layer`: as its outline (method.plan

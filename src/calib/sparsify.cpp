@@ -74,7 +74,9 @@ nlohmann::json options_json(const SparsifyOptions& options) {
           {"site_scale", choice.site_scale},
           {"form", static_cast<int>(choice.form)},
           {"score", static_cast<int>(choice.score)},
-          {"pool", choice.pool},
+          {"source", static_cast<int>(choice.source)},
+          {"basis_layers", choice.basis_layers},
+          {"rotate", choice.rotate},
           {"rotate_h2", choice.rotate_h2},
           {"after_gain", choice.after_gain},
           {"allocation", static_cast<int>(choice.allocation)},
@@ -121,10 +123,13 @@ class Job {
   void work() {
     // An eigenbasis and a folded layer each cost about as much as a few windows; rounding by moments walks
     // the windows twice more.
-    const int64_t walks = (wants_.bases() ? 1 : 0) + (gptq_ ? 2 : 0);
-    const int64_t layer_units = walks * windows() + (by_text_ ? kPlanUnits : 0) + kFoldUnits;
+    const int64_t walks = (wants_.moments ? 1 : 0) + (gptq_ ? 2 : 0);
+    const bool weighed = wants_.bases() && !wants_.moments;  // bases of weights alone
+    const int64_t layer_units =
+        walks * windows() + (weighed ? kFoldUnits : 0) + (by_text_ ? kPlanUnits : 0) + kFoldUnits;
     progress_.emplace("sparsify", config_.layers * layer_units + kFoldUnits, options_.progress);
-    if (wants_.bases()) calibrate();
+    if (wants_.moments) calibrate();
+    if (weighed) weigh();
     if (by_text_) plan_layers();
     write_outer();
     if (gptq_) {
@@ -135,7 +140,7 @@ class Job {
     complete();
   }
 
-  bool needs_tokens() const { return wants_.any() || by_text_ || gptq_; }
+  bool needs_tokens() const { return wants_.text() || by_text_ || gptq_; }
   int64_t windows() const { return needs_tokens() ? static_cast<int64_t>(tokens_.size()) / window_ : 0; }
 
   /// After a failure: removes the partial directory unless something in it is worth a resume. True if it
@@ -196,11 +201,16 @@ class Job {
     plan_.fingerprint = checkpoint_.fingerprint();
     const StoredTypes& types = options_.types;
     plan_.notes["weights"] = type_name(types.weights);
-    if (plan_.layers[0].adapter) plan_.notes["adapters"] = type_name(types.adapters);
+    const auto adapts = [](const LayerPlan& layer) { return layer.adapter || layer.middle; };
+    if (std::any_of(plan_.layers.begin(), plan_.layers.end(), adapts))
+      plan_.notes["adapters"] = type_name(types.adapters);
     plan_.notes["head"] = type_name(types.head);
     plan_.notes["embedding"] = type_name(types.embed);
-    if (wants_.stream) {
-      plan_.notes["pool"] = choice.pool ? "on" : "off";
+    if (wants_.bases() && !wants_.moments) plan_.notes["bases"] = "of weights";
+    if (wants_.moments) {
+      plan_.notes["pool"] = choice.source == Source::pooled ? "on" : "off";
+      if (wants_.mlp) plan_.notes["bases"] = "separate";
+      if (choice.basis_layers != 1) plan_.notes["basis_layers"] = std::to_string(choice.basis_layers);
       plan_.notes["rotate_h2"] = choice.rotate_h2 ? "on" : "off";
       plan_.notes["gain"] = choice.after_gain ? "before selection" : "after selection";
     }
@@ -239,28 +249,70 @@ class Job {
     return name;
   }
 
+  /// The dense model's moments, layer after layer, and the bases of layers that share them at the last one's.
   void calibrate() {
+    const Choice& choice = options_.choice;
     int64_t finished = 0;
     while (finished < config_.layers && fs::exists(basis_file(finished))) ++finished;
     if (finished == config_.layers) return tick(config_.layers * windows(), "calibration found");
+    while (finished > 0 && !ends_basis(config_, choice, finished - 1)) --finished;
     Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, pool_, tokens_, window_);
+    std::vector<Moments> group;  // of the layers since the last basis ended
     for (int64_t l = 0; l < config_.layers; ++l) {
       // Layers whose basis is stored only carry the text on to the next one.
       const Wants wants = l < finished ? Wants{} : wants_;
-      const std::string note =
-          "calibrating layer " + std::to_string(l + 1) + "/" + std::to_string(config_.layers);
+      const std::string note = layer_note("calibrating", l);
       Layer layer;
       layer.weights = load_layer(checkpoint_, config_, l);
       layer.groups.resize(layer.plan.groups.size());
-      const Moments moments = calibration.moments(layer, l, wants, options_.choice, [&] { tick(1, note); });
+      group.push_back(calibration.moments(layer, l, wants, choice, [&] { tick(1, note); }));
       release_layer(l);
-      if (l >= finished) write_bases(l, method_.bases(moments, options_.choice));
+      if (!ends_basis(config_, choice, l)) continue;
+      if (l >= finished) write_group(l, group);
+      group.clear();
+    }
+  }
+
+  /// Bases of the layers up to `last`, which share the stream's moments.
+  void write_group(int64_t last, std::vector<Moments>& group) {
+    const auto add = [](Matrix& sum, const Matrix& m) {
+      for (size_t i = 0; i < m.data.size(); ++i) sum.data[i] += m.data[i];
+    };
+    for (size_t i = 1; i < group.size(); ++i) {
+      add(group[0].h1, group[i].h1);
+      add(group[0].h3, group[i].h3);
+    }
+    const int64_t first = last + 1 - static_cast<int64_t>(group.size());
+    Bases shared;
+    for (int64_t l = first; l <= last; ++l) {
+      std::swap(group[0].heads, group[static_cast<size_t>(l - first)].heads);
+      const LayerWeights weights = load_layer(checkpoint_, config_, l);
+      Bases bases = method_.bases({config_, options_.choice, weights, group[0], pool_});
+      if (l == first) {
+        shared.stream = bases.stream;
+        shared.mlp = bases.mlp;
+        group[0].h1 = group[0].h3 = Matrix();
+      }
+      bases.stream = shared.stream;
+      bases.mlp = shared.mlp;
+      write_bases(l, bases);
+    }
+  }
+
+  /// Bases that come from the weights alone.
+  void weigh() {
+    for (int64_t l = 0; l < config_.layers; ++l) {
+      const LayerWeights weights = load_layer(checkpoint_, config_, l);
+      if (!fs::exists(basis_file(l)))
+        write_bases(l, method_.bases({config_, options_.choice, weights, Moments{}, pool_}));
+      tick(kFoldUnits, layer_note("basis of", l));
     }
   }
 
   void write_bases(int64_t l, const Bases& bases) {
     std::vector<FoldedTensor> tensors;
     if (!bases.stream.empty()) tensors.push_back(wide_tensor("stream", bases.stream));
+    if (!bases.mlp.empty()) tensors.push_back(wide_tensor("mlp", bases.mlp));
     for (size_t g = 0; g < bases.heads.size(); ++g)
       tensors.push_back(wide_tensor("head." + std::to_string(g), bases.heads[g]));
     write_tensors(basis_file(l), tensors, {});
@@ -279,6 +331,7 @@ class Job {
       return m;
     };
     if (wants_.stream) bases.stream = read("stream", config_.dim);
+    if (wants_.mlp) bases.mlp = read("mlp", config_.dim);
     for (int64_t g = 0; wants_.heads && g < config_.kv_heads; ++g)
       bases.heads.push_back(read("head." + std::to_string(g), config_.head_dim));
     return bases;
@@ -365,7 +418,9 @@ class Job {
                       plan,
                       options_.choice.form,
                       options_.choice.after_gain,
-                      types};
+                      types,
+                      &method_,
+                      &options_.choice};
     std::vector<FoldedTensor> tensors;
     fold_layer(job, l, pool_, [&](FoldedTensor&& tensor) {
       throw_if_interrupted();
@@ -477,12 +532,13 @@ class Job {
     const std::string temporary = path.string() + ".tmp";
     SafetensorsWriter writer(temporary, entries, metadata);
     write_table(writer, "embed", outer.embed, nullptr, first.stream, embed);
+    const Matrix& final_basis = last.last();
     const float* gain = rewrites ? outer.norm_out : nullptr;
     if (untied && quantised(head)) {
-      write_whole(writer, fold_columns("head", outer.head, gain, last.stream, head, pool_));
+      write_whole(writer, fold_columns("head", outer.head, gain, final_basis, head, pool_));
       release(outer.head);
     } else if (untied) {
-      write_table(writer, "head", outer.head, gain, last.stream, head);
+      write_table(writer, "head", outer.head, gain, final_basis, head);
     }
     if (keeps_gain) writer.write("norm_out", 0, outer.norm_out, config_.dim * 4);
     writer.finish();

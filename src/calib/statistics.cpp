@@ -18,7 +18,7 @@ class MomentObserver : public Observer {
 
   void see(Site site, Mat entries, Mat stream) override {
     if (site == Site::h2 && wants_.heads) return add_heads(entries);
-    if (!wants_.stream || (site != Site::h1 && !(site == Site::h3 && choice_.pool))) return;
+    if (!wants_.stream || (site != Site::h1 && !(site == Site::h3 && choice_.source != Source::h1))) return;
     if (!choice_.after_gain) {  // the foldable form rotates the normalised stream before its gain
       buffer_.resize(static_cast<size_t>(stream.rows * stream.cols));
       entries = Mat(buffer_.data(), stream.rows, stream.cols);
@@ -71,6 +71,13 @@ class MagnitudeObserver : public Observer {
   SiteMagnitudes& magnitudes_;
 };
 
+/// The layer in place, wherever the decoder leaves its result.
+void run_layer(Decoder& decoder, const Layer& layer, int64_t l, KvCache& cache, int64_t pos, Mat rows,
+               const Pass& pass) {
+  const Mat last = decoder.layer(layer, l, cache, 0, pos, rows, pass);
+  if (last.data != rows.data) std::copy_n(last.data, rows.rows * rows.cols, rows.data);
+}
+
 double distance(const float* a, const float* b, int64_t n) {
   double sum = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -100,7 +107,7 @@ std::vector<float> Trial::run(const Pass& pass) {
   const auto cache = backend_.make_kv_cache({1, config_.kv_heads, config_.head_dim, window_, DType::f32});
   const Mat all(out.data(), static_cast<int64_t>(out.size()) / config_.dim, config_.dim);
   for (int64_t first = 0; first < all.rows; first += window_)
-    decoder_.layer(layer_, index_, *cache, 0, 0, all.slice(first, window_), pass);
+    run_layer(decoder_, layer_, index_, *cache, 0, all.slice(first, window_), pass);
   return out;
 }
 
@@ -144,7 +151,7 @@ void Calibration::walk_window(const Layer& layer, int64_t l, const Pass& pass, M
   const auto cache = backend_.make_kv_cache({1, config_.kv_heads, config_.head_dim, window_, DType::f32});
   for (int64_t first = 0; first < window_; first += decoder_.max_rows()) {
     const int64_t count = std::min(decoder_.max_rows(), window_ - first);
-    decoder_.layer(layer, l, *cache, 0, first, rows.slice(first, count), pass);
+    run_layer(decoder_, layer, l, *cache, first, rows.slice(first, count), pass);
   }
 }
 
@@ -155,7 +162,7 @@ void Calibration::walk(const Layer& layer, int64_t l, const Pass& pass, const st
     walk_window(layer, l, pass, rows);
     if (layer.adapter) {
       scratch_.resize(static_cast<size_t>(window_ * config_.dim));
-      decoder_.adapt(layer, rows, Mat(scratch_.data(), window_, config_.dim));
+      decoder_.adapt(layer.adapter, rows, Mat(scratch_.data(), window_, config_.dim));
       std::copy(scratch_.begin(), scratch_.end(), rows.data);
     }
     tick();
@@ -165,12 +172,16 @@ void Calibration::walk(const Layer& layer, int64_t l, const Pass& pass, const st
 Moments Calibration::moments(const Layer& layer, int64_t l, const Wants& wants, const Choice& choice,
                              const std::function<void()>& tick) {
   Moments moments;
+  if (!wants.moments) {
+    walk(layer, l, Pass{true, nullptr}, tick);
+    return moments;
+  }
   if (wants.stream) moments.h1 = Matrix(config_.dim, config_.dim);
-  if (wants.stream && choice.pool) moments.h3 = Matrix(config_.dim, config_.dim);
+  if (wants.stream && choice.source != Source::h1) moments.h3 = Matrix(config_.dim, config_.dim);
   if (wants.heads)
     moments.heads.assign(static_cast<size_t>(config_.kv_heads), Matrix(config_.head_dim, config_.head_dim));
   MomentObserver observer(config_, backend_, pool_, wants, choice, moments);
-  walk(layer, l, Pass{true, wants.any() ? &observer : nullptr}, tick);
+  walk(layer, l, Pass{true, &observer}, tick);
   return moments;
 }
 

@@ -20,10 +20,11 @@ struct Decoder::Step {
 Decoder::Decoder(const ModelConfig& config, Backend& backend, int64_t max_rows)
     : config_(config), backend_(backend), frequencies_(config.inv_freq()), max_rows_(max_rows) {
   const int64_t widest = std::max({config.dim, config.q_dim(), config.ffn});
-  const int64_t cols[] = {config.dim,     config.q_dim(), config.kv_dim(), config.kv_dim(),
-                          config.q_dim(), config.ffn,     config.ffn,      config.ffn,
-                          config.dim,     config.dim,     widest,          widest};
-  Mat* const mats[] = {&h_, &q_, &k_, &v_, &att_, &gate_, &up_, &mid_, &x_, &next_, &turned_, &back_};
+  const int64_t cols[] = {config.dim, config.q_dim(), config.kv_dim(), config.kv_dim(), config.q_dim(),
+                          config.ffn, config.ffn,     config.ffn,      config.dim,      config.dim,
+                          config.dim, widest,         widest};
+  Mat* const mats[] = {&h_,   &q_, &k_,    &v_,      &att_,    &gate_, &up_,
+                       &mid_, &x_, &next_, &middle_, &turned_, &back_};
   int64_t total = 0;
   for (int64_t c : cols) total += c;
   constexpr int64_t kFloat = sizeof(float);
@@ -105,14 +106,15 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
   }
 }
 
-void Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos,
-                    Mat x, const Pass& pass) {
+Mat Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos, Mat x,
+                   const Pass& pass) {
   CHECK(x.rows <= max_rows_);
   const int64_t rows = x.rows;
   const auto view = [rows](const Mat& m) { return Mat(m.data, rows, m.cols); };
   const Mat h = view(h_), q = view(q_), k = view(k_), v = view(v_), att = view(att_), gate = view(gate_),
             up = view(up_), mid = view(mid_);
-  const Step step{layer, pass, {q, k, v, x, gate, up, x}, x, index};
+  const Mat last = layer.middle ? view(middle_) : x;  // where the stream is at the end
+  Step step{layer, pass, {q, k, v, x, gate, up, last}, x, index};
   const LayerWeights& w = layer.weights;
 
   backend_.rms_norm(x, w.norm_attn, config_.norm_eps, h);
@@ -127,16 +129,19 @@ void Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t c
   backend_.attend(q, k, v, cache, cache_layer, pos, config_.window_of(index), att);
   apply(step, Site::h2, att);
 
-  backend_.rms_norm(x, w.norm_mlp, config_.norm_eps, h);
+  if (layer.middle) adapt(layer.middle, x, last);
+  step.stream = last;
+  backend_.rms_norm(last, w.norm_mlp, config_.norm_eps, h);
   apply(step, Site::h3, h);
   backend_.glu(gate, up, mid);
   apply(step, Site::h4, mid);
+  return last;
 }
 
-void Decoder::adapt(const Layer& layer, Mat x, Mat next) {
-  backend_.rotate(x, layer.adapter, next);
-  if (!layer.adapter_top) return;
-  backend_.rotate(Mat(x.data, x.rows, layer.adapter_top.in, x.stride), layer.adapter_top, next, true);
+void Decoder::adapt(const Adapter& adapter, Mat x, Mat next) {
+  backend_.rotate(x, adapter.weight, next);
+  if (!adapter.top) return;
+  backend_.rotate(Mat(x.data, x.rows, adapter.top.in, x.stride), adapter.top, next, true);
 }
 
 void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, int64_t pos,
@@ -144,7 +149,8 @@ void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCac
   for (size_t first = 0; first < tokens.size();) {
     const size_t count = std::min(tokens.size() - first, static_cast<size_t>(max_rows_));
     const int64_t offset = static_cast<int64_t>(first), rows = static_cast<int64_t>(count);
-    Mat x(x_.data, rows, config_.dim), next(next_.data, rows, config_.dim);
+    const Mat even(x_.data, rows, config_.dim), odd(next_.data, rows, config_.dim);
+    Mat x = even;
     embed(model.outer, tokens.subspan(first, count), x);
     if (pass.tally) {
       pass.tally->kept.resize(static_cast<size_t>(config_.layers));
@@ -152,10 +158,11 @@ void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCac
     }
     for (int64_t l = 0; l < config_.layers; ++l) {
       const Layer& block = model.layers[static_cast<size_t>(l)];
-      layer(block, l, cache, l, pos + offset, x, pass);
+      x = layer(block, l, cache, l, pos + offset, x, pass);
       if (!block.adapter) continue;
-      adapt(block, x, next);
-      std::swap(x, next);
+      const Mat next = x.data == even.data ? odd : even;
+      adapt(block.adapter, x, next);
+      x = next;
     }
     backend_.rms_norm(x, model.outer.norm_out, config_.norm_eps, hidden.slice(offset, rows));
     first += count;

@@ -52,14 +52,15 @@ class Decoder {
   /// x (T, dim) = embeddings of tokens; T ≤ max_rows.
   void embed(const OuterWeights& outer, std::span<const int32_t> tokens, Mat x);
 
-  /// One layer's block in place on x (T, dim), before its adapter: positions pos … pos + T − 1 of `cache`,
-  /// whose layer `cache_layer` it uses; `index` is the layer's number in the model (its window). T ≤
-  /// max_rows.
-  void layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos, Mat x,
-             const Pass& pass);
+  /// One layer's block on x (T, dim), before its adapter: positions pos … pos + T − 1 of `cache`, whose layer
+  /// `cache_layer` it uses; `index` is the layer's number in the model (its window). T ≤ max_rows. In place,
+  /// and returns x; but where the stream changes basis in between, the result stands in the decoder's memory
+  /// until the next call.
+  Mat layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos, Mat x,
+            const Pass& pass);
 
-  /// next (T, dim) = x in the basis of the following layer; for layers with an adapter. x aliases not next.
-  void adapt(const Layer& layer, Mat x, Mat next);
+  /// next (T, dim) = x in another basis of the stream. x aliases not next.
+  void adapt(const Adapter& adapter, Mat x, Mat next);
 
   /// hidden (T, dim) = the normalised last hidden states of tokens at positions pos … of cache. Any T ≥ 1.
   void forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, int64_t pos,
@@ -80,7 +81,7 @@ class Decoder {
   int64_t max_rows_;
   std::shared_ptr<void> memory_;
   std::shared_ptr<const void> inv_freq_;
-  Mat h_, q_, k_, v_, att_, gate_, up_, mid_, x_, next_, turned_, back_;
+  Mat h_, q_, k_, v_, att_, gate_, up_, mid_, x_, next_, middle_, turned_, back_;
   std::unique_ptr<Selection> kept_;
 };
 

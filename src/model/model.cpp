@@ -45,6 +45,15 @@ Weight stored_weight(const Checkpoint& checkpoint, const std::string& name, int6
        ", expected ", expected);
 }
 
+Adapter stored_adapter(const Checkpoint& checkpoint, const ModelConfig& config, const std::string& name) {
+  Adapter adapter;
+  adapter.weight = stored_weight(checkpoint, name, config.dim, config.dim, Layout::channels);
+  if (quantised(adapter.weight.dtype))
+    adapter.top = plain_weight(checkpoint, name + ".top", std::min(kAdapterTop, config.dim), config.dim,
+                               Layout::channels);
+  return adapter;
+}
+
 const float* stored_vector(const Checkpoint& checkpoint, const std::string& name, int64_t n,
                            std::vector<std::unique_ptr<float[]>>& owned) {
   return widen(checkpoint.get(name, std::span(&n, 1)), owned);
@@ -95,12 +104,8 @@ Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config,
     w.norm_q = stored_vector(checkpoint, layer_name(l, "norm_q"), config.head_dim, w.owned);
     w.norm_k = stored_vector(checkpoint, layer_name(l, "norm_k"), config.head_dim, w.owned);
   }
-  if (plan.adapter)
-    layer.adapter =
-        stored_weight(checkpoint, layer_name(l, "adapter"), config.dim, config.dim, Layout::channels);
-  if (quantised(layer.adapter.dtype))
-    layer.adapter_top = plain_weight(checkpoint, layer_name(l, "adapter.top"),
-                                     std::min(kAdapterTop, config.dim), config.dim, Layout::channels);
+  if (plan.middle) layer.middle = stored_adapter(checkpoint, config, layer_name(l, "middle"));
+  if (plan.adapter) layer.adapter = stored_adapter(checkpoint, config, layer_name(l, "adapter"));
   for (const Group& group : plan.groups) {
     GroupData data;
     const std::string name = layer_name(l, projection_name(group.projections[0]));
@@ -160,7 +165,8 @@ const Weight* find_quantised(const Model& model, const Tensor& tensor) {
   for (const Layer& layer : model.layers) {
     for (const Weight& w : layer.weights.projection)
       if (same(w)) return &w;
-    if (same(layer.adapter)) return &layer.adapter;
+    for (const Adapter* adapter : {&layer.middle, &layer.adapter})
+      if (same(adapter->weight)) return &adapter->weight;
   }
   return nullptr;
 }
@@ -215,8 +221,10 @@ void place(Model& model, Backend& backend) {
       vector(layer.groups[g].scale, layer.weights[layer.plan.groups[g].projections[0]].in);
       weight(layer.groups[g].basis);
     }
-    weight(layer.adapter);
-    weight(layer.adapter_top);
+    for (Adapter* adapter : {&layer.middle, &layer.adapter}) {
+      weight(adapter->weight);
+      weight(adapter->top);
+    }
   }
   weight(model.outer.embed);
   weight(model.outer.head);
@@ -249,7 +257,7 @@ TokenBytes token_bytes(const Model& model, DType kv) {
       if (group.rule.scaled) bytes.thinning += layer.weights[group.projections[0]].in * 4;
       if (group.rule.rotated) bytes.thinning += 2 * layer.groups[g].basis.bytes();
     }
-    bytes.adapters += layer.adapter ? layer.adapter.bytes() + layer.adapter_top.bytes() : 0;
+    bytes.adapters += layer.middle.bytes() + layer.adapter.bytes();
     bytes.outer += (layer.weights.norm_attn ? c.dim * 4 : 0) + (layer.weights.norm_mlp ? c.dim * 4 : 0) +
                    (layer.weights.norm_q ? 2 * c.head_dim * 4 : 0);
   }
@@ -268,7 +276,7 @@ int64_t model_bytes(const Model& model) {
                   (model.outer.head.data != model.outer.embed.data ? model.outer.head.bytes() : 0);
   for (const Layer& layer : model.layers) {
     for (const Weight& w : layer.weights.projection) total += w.bytes();
-    if (layer.adapter) total += layer.adapter.bytes() + layer.adapter_top.bytes();
+    total += layer.middle.bytes() + layer.adapter.bytes();
   }
   return total;
 }

@@ -29,13 +29,22 @@ struct GroupData {
 /// theirs: with it mix-88m at 50 % loses 5 % of perplexity, without it nothing.
 constexpr int64_t kAdapterTop = 16;
 
+/// A change of the stream's basis: x A. Empty: none.
+struct Adapter {
+  Weight weight;  // (dim, dim) channels
+  Weight top;     // beside a quantised one, its first kAdapterTop channels (zero in it)
+
+  explicit operator bool() const { return static_cast<bool>(weight); }
+  int64_t bytes() const { return weight ? weight.bytes() + top.bytes() : 0; }
+};
+
 /// One layer: its weights and how they are read.
 struct Layer {
   LayerWeights weights;
   LayerPlan plan = dense_layer();
   std::vector<GroupData> groups;  // beside plan.groups
-  Weight adapter;                 // (dim, dim) channels: basis of this layer → basis of the next; or empty
-  Weight adapter_top;             // beside a quantised adapter, its first kAdapterTop channels (zero in it)
+  Adapter middle;                 // basis of the attention → basis of the MLP; or empty
+  Adapter adapter;                // basis of this layer → basis of the next; or empty
 };
 
 struct Model {

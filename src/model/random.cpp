@@ -96,6 +96,12 @@ class Filler {
   Filler(Model& model, const RandomOptions& options, ThreadPool& pool)
       : model_(model), options_(options), pool_(pool) {}
 
+  Adapter adapter(DType dtype) {
+    const int64_t dim = model_.config.dim;
+    Adapter made{weight(dim, dim, dtype, Layout::channels), {}};
+    if (quantised(dtype)) made.top = weight(std::min(kAdapterTop, dim), dim, DType::f32, Layout::channels);
+    return made;
+  }
   Weight weight(int64_t in, int64_t out, DType dtype, Layout layout) {
     Weight w{nullptr, nullptr, dtype, layout, in, out};
     if (!quantised(dtype)) {
@@ -257,9 +263,8 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
       if (group.rule.scaled) data.scale = filler.scale(projection_in(c, group.projections[0]));
       layer.groups.push_back(data);
     }
-    if (layer_plan.adapter) layer.adapter = filler.weight(c.dim, c.dim, adapters, Layout::channels);
-    if (quantised(layer.adapter.dtype))
-      layer.adapter_top = filler.weight(std::min(kAdapterTop, c.dim), c.dim, DType::f32, Layout::channels);
+    if (layer_plan.middle) layer.middle = filler.adapter(adapters);
+    if (layer_plan.adapter) layer.adapter = filler.adapter(adapters);
     model.layers.push_back(std::move(layer));
   }
   return model;

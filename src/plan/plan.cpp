@@ -70,7 +70,9 @@ json layer_to_json(const LayerPlan& layer) {
     j["projections"] = names;
     groups.push_back(j);
   }
-  return {{"groups", groups}, {"adapter", layer.adapter}};
+  json j = {{"groups", groups}, {"adapter", layer.adapter}};
+  if (layer.middle) j["middle"] = true;
+  return j;
 }
 
 LayerPlan layer_from_json(const Fields& j, const std::string& where) {
@@ -81,6 +83,7 @@ LayerPlan layer_from_json(const Fields& j, const std::string& where) {
   }
   j.get("adapter");
   layer.adapter = j.boolean_or("adapter", false);
+  layer.middle = j.boolean_or("middle", false);
   return layer;
 }
 
@@ -100,7 +103,7 @@ void validate_rule(const Rule& rule, int64_t dim, const std::string& where) {
 
 LayerPlan dense_layer() {
   using enum Projection;
-  return {{{{wq, wk, wv}, {}}, {{wo}, {}}, {{gate, up}, {}}, {{down}, {}}}, false};
+  return {{{{wq, wk, wv}, {}}, {{wo}, {}}, {{gate, up}, {}}, {{down}, {}}}};
 }
 
 bool thins(const LayerPlan& layer) {
@@ -174,8 +177,12 @@ void validate(const Plan& plan, const PlanShape& shape, const std::string& sourc
       }
     }
   }
-  if (!plan.layers.empty() && plan.layers.back().adapter)
-    fail(source, ": plan: the last layer has an adapter");
+  if (plan.layers.empty()) return;
+  if (plan.layers.back().adapter) fail(source, ": plan: the last layer has an adapter");
+  for (size_t l = 0; l + 1 < plan.layers.size(); ++l) {
+    if (plan.layers[l].middle && !plan.layers[l].adapter)
+      fail(source, ": plan: layer ", l, " changes basis in the middle and has no adapter");
+  }
 }
 
 namespace {

@@ -35,6 +35,7 @@ struct Group {
 struct LayerPlan {
   std::vector<Group> groups;  // every projection exactly once, in the order of the arithmetic
   bool adapter = false;       // the stream changes basis after this layer: tensor "layers.L.adapter"
+  bool middle = false;        // and between attention and MLP: tensor "layers.L.middle"
   bool operator==(const LayerPlan&) const = default;
 };
 

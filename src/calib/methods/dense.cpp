@@ -5,7 +5,7 @@ namespace larosa {
 
 extern const Method kDense;
 const Method kDense = {"dense", "keep everything", [](const Choice&) { return Wants{}; },
-                       [](const Moments&, const Choice&) { return Bases{}; },
+                       [](const BasisTask&) { return Bases{}; },
                        [](const LayerTask&) { return dense_layer(); }};
 
 }  // namespace larosa

@@ -9,16 +9,21 @@ namespace {
 constexpr double kDamping = 0.01;  // of the mean diagonal, as the released code
 
 Wants wants(const Choice& choice) {
-  return {true, choice.rotate_h2};
+  return {
+      .stream = true, .mlp = choice.source == Source::separate, .heads = choice.rotate_h2, .moments = true};
 }
 
-Bases bases(const Moments& moments, const Choice& choice) {
+Bases bases(const BasisTask& task) {
   Bases bases;
-  Matrix sum = moments.h1;
-  if (choice.pool) {
-    for (size_t i = 0; i < sum.data.size(); ++i) sum.data[i] += moments.h3.data[i];
+  const Moments& moments = task.moments;
+  if (!moments.h1.empty()) {
+    Matrix sum = moments.h1;
+    if (task.choice.source == Source::pooled) {
+      for (size_t i = 0; i < sum.data.size(); ++i) sum.data[i] += moments.h3.data[i];
+    }
+    bases.stream = eigenbasis(sum, kDamping);
+    if (task.choice.source == Source::separate) bases.mlp = eigenbasis(moments.h3, kDamping);
   }
-  bases.stream = eigenbasis(sum, kDamping);
   for (const Matrix& head : moments.heads) bases.heads.push_back(eigenbasis(head, kDamping));
   return bases;
 }

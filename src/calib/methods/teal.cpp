@@ -28,6 +28,6 @@ LayerPlan plan(const LayerTask& task) {
 extern const Method kTeal;
 const Method kTeal = {"teal", "a fixed cut per projection, from the calibration's quantiles",
                       [](const Choice&) { return Wants{.magnitudes = true}; },
-                      [](const Moments&, const Choice&) { return Bases{}; }, plan};
+                      [](const BasisTask&) { return Bases{}; }, plan};
 
 }  // namespace larosa

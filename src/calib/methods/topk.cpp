@@ -5,7 +5,7 @@ namespace larosa {
 
 extern const Method kTopk;
 const Method kTopk = {"topk", "per-token Top-K without rotation", [](const Choice&) { return Wants{}; },
-                      [](const Moments&, const Choice&) { return Bases{}; },
+                      [](const BasisTask&) { return Bases{}; },
                       [](const LayerTask& task) { return topk_layer(task, {}); }};
 
 }  // namespace larosa

@@ -1,0 +1,64 @@
+// WINA (arXiv 2505.19427): per-token Top-K of |x_i| times the norm of the weights it meets, in bases where
+// the channels of k (attention) and gate (MLP) are orthogonal: the right singular vectors of these weights,
+// with the gain folded. No calibration text. Norms of k and gate score their groups; o and down, whose
+// channels are not made orthogonal, go by |x_i|. Without the rotation every group is scored by the norms of
+// all its original weights.
+#include <cmath>
+
+#include "calib/fold.h"
+#include "calib/methods.h"
+
+namespace larosa {
+namespace {
+
+bool made_orthogonal(Projection p) {
+  return p == Projection::wk || p == Projection::gate;
+}
+
+/// Eigenvectors of diag(gain) W^T W diag(gain). Where W has fewer outputs than inputs (k of grouped-query
+/// attention) the rest of the basis is any orthonormal completion, with norms of 0.
+Matrix orthogonalising(const Weight& weight, const float* gain, ThreadPool& pool) {
+  Matrix rows(weight.out, weight.in);
+  for (int64_t j = 0; j < weight.out; ++j) {
+    for (int64_t i = 0; i < weight.in; ++i) {
+      const int64_t at = weight.layout == Layout::rows ? j * weight.in + i : i * weight.out + j;
+      rows.row(j)[i] = static_cast<double>(load_element(weight.data, weight.dtype, at)) *
+                       (gain ? static_cast<double>(gain[i]) : 1.0);
+    }
+  }
+  Matrix gram(weight.in, weight.in);
+  add_second_moment(rows, gram, pool);
+  return eigenbasis(gram, 0);
+}
+
+Bases bases(const BasisTask& task) {
+  const LayerWeights& w = task.weights;
+  Bases bases;
+  bases.stream = orthogonalising(w[Projection::wk], w.norm_attn, task.pool);
+  bases.mlp = orthogonalising(w[Projection::gate], w.norm_mlp, task.pool);
+  return bases;
+}
+
+LayerPlan plan(const LayerTask& task) {
+  const Choice& choice = task.choice;
+  const bool turned = choice.rotate && choice.form == Form::simulate;
+  LayerPlan layer = topk_layer(task, {turned, false, turned, false});
+  for (Group& group : layer.groups) {
+    const Site site = site_of(group.projections[0]);
+    group.rule.scaled = !choice.rotate || site == Site::h1 || site == Site::h3;
+  }
+  return layer;
+}
+
+}  // namespace
+
+extern const Method kWina;
+const Method kWina = {
+    "wina",
+    "Top-K by weight norms, where k and gate have orthogonal channels",
+    [](const Choice& choice) { return Wants{.stream = choice.rotate, .mlp = choice.rotate}; },
+    bases,
+    plan,
+    [](Projection p, const Choice& choice) { return !choice.rotate || made_orthogonal(p); }};
+
+}  // namespace larosa
