@@ -55,6 +55,58 @@ TEST(Greedy, StopsAtTheLargestLevel) {
   EXPECT_THROW(greedy_levels(config, dense_layer(), 0.96, cheap_down), Error);
 }
 
+Curve curve_of(double weight, const std::function<double(double)>& error) {
+  Curve curve{weight, {}};
+  for (const double level : kCurveLevels) curve.errors.push_back(error(level));
+  return curve;
+}
+
+double dropped_by(const std::vector<Curve>& curves, const std::vector<double>& levels) {
+  double sum = 0, total = 0;
+  for (size_t i = 0; i < curves.size(); ++i) {
+    sum += curves[i].weight * levels[i];
+    total += curves[i].weight;
+  }
+  return sum / total;
+}
+
+TEST(Lagrangian, FindsTheMinimumOfQuadraticCurves) {
+  // As Greedy above; the slope of a parabola is linear, so the measured points are all that is needed.
+  const double weight[] = {2, 1, 5, 3}, cost[] = {1, 0.5, 4, 1};
+  std::vector<Curve> curves;
+  for (size_t g = 0; g < 4; ++g)
+    curves.push_back(curve_of(weight[g], [&](double level) { return cost[g] * level * level; }));
+  for (const double sparsity : {0.05, 0.3, 0.5}) {
+    const std::vector<double> levels = lagrangian_levels(curves, sparsity);
+    EXPECT_NEAR(dropped_by(curves, levels), sparsity, 1e-9);
+    double scale = 0;
+    for (size_t g = 0; g < 4; ++g) scale += weight[g] * weight[g] / cost[g] / 11;
+    for (size_t g = 0; g < 4; ++g) EXPECT_NEAR(levels[g], sparsity * weight[g] / cost[g] / scale, 1e-6) << g;
+  }
+}
+
+TEST(Lagrangian, BudgetAndBoundsWhateverTheCurves) {
+  const auto bumpy = [](double level) { return level < 0.5 ? 3 * level : 1.6 + 0.1 * std::sin(40 * level); };
+  const auto falling = [](double level) { return -level; };
+  const auto none = [](double) { return 0.0; };
+  const auto steep = [](double level) { return std::exp(8 * level); };
+  const std::vector<Curve> curves = {curve_of(1, bumpy), curve_of(2, steep), curve_of(1, none),
+                                     curve_of(3, steep), curve_of(0.5, falling)};
+  for (const double sparsity : {0.0, 0.3, 0.5, 0.8, kMostSparse}) {
+    const std::vector<double> levels = lagrangian_levels(curves, sparsity);
+    for (const double level : levels) {
+      EXPECT_GE(level, 0);
+      EXPECT_LE(level, kMostSparse);
+    }
+    // What costs nothing is dropped at any price, so small budgets cannot be met from below.
+    if (sparsity >= 0.3) {
+      EXPECT_NEAR(dropped_by(curves, levels), sparsity, 1e-6) << sparsity;
+    }
+  }
+  EXPECT_EQ(lagrangian_levels(curves, 0), std::vector<double>(5, 0));
+  EXPECT_THROW(lagrangian_levels(curves, 0.96), Error);
+}
+
 TEST(Magnitudes, QuantilesOfWhatWasSeen) {
   std::vector<float> x;
   for (int i = 1; i <= 1000; ++i) x.push_back((i % 2 ? 1.0f : -1.0f) * static_cast<float>(i));

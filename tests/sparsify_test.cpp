@@ -183,7 +183,12 @@ TEST_F(Sparsify, WinaMakesChannelsOrthogonal) {
   for (const Layer& layer : model.layers) {
     for (const Projection p : {Projection::wk, Projection::gate}) {
       const Weight& w = layer.weights[p];
-      const auto* scale = layer.groups[p == Projection::wk ? 0 : 2].scale;
+      const auto group =
+          std::find_if(layer.plan.groups.begin(), layer.plan.groups.end(),
+                       [&](const Group& g) { return g.projections == std::vector<Projection>{p}; });
+      ASSERT_NE(group, layer.plan.groups.end());
+      EXPECT_TRUE(group->rule.scaled);
+      const auto* scale = layer.groups[static_cast<size_t>(group - layer.plan.groups.begin())].scale;
       const auto dot = [&](int64_t a, int64_t b) {
         double sum = 0;
         for (int64_t j = 0; j < w.out; ++j)
@@ -197,8 +202,9 @@ TEST_F(Sparsify, WinaMakesChannelsOrthogonal) {
         for (int64_t j = i + 1; j < w.in; j += 31) EXPECT_LT(std::abs(dot(i, j)), 1e-5 * largest);
       }
     }
-    EXPECT_FALSE(layer.plan.groups[1].rule.scaled);
-    EXPECT_FALSE(layer.plan.groups[3].rule.scaled);
+    EXPECT_EQ(std::count_if(layer.plan.groups.begin(), layer.plan.groups.end(),
+                            [](const Group& g) { return g.rule.scaled; }),
+              2);
   }
 }
 
@@ -530,6 +536,29 @@ TEST_F(Sparsify, ThresholdsThatDropNothingEqualDense) {  // law 1
   EXPECT_EQ(model.plan.layers[0].groups.size(), 7u);
   const auto tokens = some_tokens(model.config.vocab, 12);
   EXPECT_EQ(all_logits(model, *backend_, tokens, 12), all_logits(model, *backend_, tokens, 12, true));
+}
+
+TEST_F(Sparsify, AllocationsReachTheBudget) {  // law 7
+  const std::string source = source_path("tests/golden/models/llama3.1-f32");
+  for (const char* method : {"larosa", "wina"}) {
+    for (const Allocation allocation : {Allocation::greedy, Allocation::lagrangian}) {
+      TemporaryDir dir;
+      SparsifyOptions options = with_sparsity(0.5);
+      options.method = method;
+      options.choice.allocation = allocation;
+      make(source, dir / "out", options);
+      const Model model = load_model(dir / "out");
+      EXPECT_NEAR(weight_sparsity(model.plan, plan_shape(model.config)), 0.5, 0.01) << method;
+      std::set<int64_t> keeps;
+      for (const LayerPlan& layer : model.plan.layers) {
+        for (const Group& group : layer.groups)
+          if (group.projections[0] == Projection::gate) keeps.insert(group.rule.keep);
+      }
+      if (allocation == Allocation::lagrangian) {  // layers differ
+        EXPECT_GT(keeps.size(), 1u);
+      }
+    }
+  }
 }
 
 /// A trial tells a layer's plans apart as the layer itself does.

@@ -20,8 +20,9 @@ namespace {
 struct Flags {
   std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", bases,
                              rotate = "on", rotate_h2 = "on", score = "norm", select = "normalised",
-                             site_scale = "1,1,1,1", allocation = "uniform", calib_stream = "thinned",
-                             weights = "source", adapter_weights, head_weights, embed_weights, rounding;
+                             site_scale = "1,1,1,1", allocation = "uniform", currency = "relative",
+                             calib_stream = "thinned", weights = "source", adapter_weights, head_weights,
+                             embed_weights, rounding;
   double sparsity = 0.5;
   int64_t calib_tokens = 0, basis_layers = 1;
   bool check_tensors = false;
@@ -112,10 +113,13 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
     for (const char* option : {"--pool", "--bases", "--basis-layers", "--rotate-h2", "--select", "--preset"})
       refuse(option);
   }
-  if (!method.scores) refuse("--rotate");
-  if (method.scores) refuse("--score");
+  refuse(wants.rotation ? "--score" : "--rotate");
   if (app.get_option("--bases")->count() > 0 && app.get_option("--pool")->count() > 0)
     fail("--pool: --bases says the same and more, give one of them");
+  if (wants.magnitudes && choice.allocation == Allocation::lagrangian)
+    fail("--allocation lagrangian: method ", f.method, " needs a layer's cuts before the next layer is seen");
+  if (choice.allocation != Allocation::lagrangian && app.get_option("--currency")->count() > 0)
+    fail("--currency: --allocation ", f.allocation, " does not use it");
   if (wants.magnitudes) refuse("--score");
   if (!wants.magnitudes) refuse("--calib-stream");
   if (!needs_text(options)) {
@@ -153,7 +157,10 @@ int run(Flags& f, const CLI::App& app) {
   choice.basis_layers = f.basis_layers;
   choice.rotate = f.rotate == "on";
   choice.rotate_h2 = f.rotate_h2 == "on";
-  choice.allocation = f.allocation == "greedy" ? Allocation::greedy : Allocation::uniform;
+  choice.allocation = f.allocation == "greedy"       ? Allocation::greedy
+                      : f.allocation == "lagrangian" ? Allocation::lagrangian
+                                                     : Allocation::uniform;
+  choice.currency = f.currency == "absolute" ? Currency::absolute : Currency::relative;
   choice.stream = f.calib_stream == "dense" ? Stream::dense : Stream::thinned;
   choice.after_gain = f.select == "gained";
   if (choice.after_gain && choice.form == Form::folded)
@@ -192,9 +199,14 @@ std::function<int()> setup_sparsify(CLI::App& app) {
   app.add_option("--site-scale", f->site_scale, "Relative sparsity of h1,h2,h3,h4")->capture_default_str();
   app.add_option(
          "--allocation", f->allocation,
-         "uniform: the same in every layer, by --site-scale; greedy: within each layer by what it costs "
-         "the layer's output")
-      ->check(CLI::IsMember({"uniform", "greedy"}))
+         "uniform: the same in every layer, by --site-scale; greedy: within each layer, by what it costs the "
+         "layer's output; lagrangian: over all layers, by curves of what each group costs its layer's output")
+      ->check(CLI::IsMember({"uniform", "greedy", "lagrangian"}))
+      ->capture_default_str();
+  app.add_option(
+         "--currency", f->currency,
+         "lagrangian only: errors relative to the size of a layer's output, or as they are in the stream")
+      ->check(CLI::IsMember({"relative", "absolute"}))
       ->capture_default_str();
   app.add_option(
          "--calib-stream", f->calib_stream,

@@ -1,11 +1,17 @@
 // How a budget of weight bytes is shared out: within a layer, or over all layers and groups.
 #pragma once
 
+#include <array>
 #include <functional>
+#include <vector>
 
 #include "calib/methods.h"
 
 namespace larosa {
+
+/// Weights of a group's projections.
+double group_weights(const ModelConfig& config, const Group& group);
+void set_level(Levels& levels, const Group& group, double level);
 
 /// Levels of the groups of one layer's `outline` that drop `sparsity` of its weights: from 0, steps of equal
 /// weight bytes, each on the group where it adds least to `error` (TEAL, arXiv 2408.14690 alg. 1; a cost is
@@ -13,5 +19,19 @@ namespace larosa {
 /// calls). No level exceeds kMostSparse. Throws Error when sparsity does.
 Levels greedy_levels(const ModelConfig& config, const LayerPlan& outline, double sparsity,
                      const std::function<double(const Levels&)>& error);
+
+/// What dropping entries of one group costs: errors[i] at kCurveLevels[i].
+struct Curve {
+  double weight = 1;  // weights of the group's projections
+  std::vector<double> errors;
+};
+inline constexpr std::array<double, 7> kCurveLevels = {0.2, 0.35, 0.5, 0.65, 0.8, 0.9, kMostSparse};
+
+/// The level of every curve that makes the sum of errors least while `sparsity` of the weights is dropped:
+/// one Lagrange multiplier, the price of a weight, at which every curve stops. Curves are made convex first
+/// (pool adjacent violators on their slopes) and start at (0, 0); between the middles of its segments a
+/// curve's slope is taken to be linear, so that levels move smoothly with the price. Throws Error when
+/// sparsity exceeds kMostSparse.
+std::vector<double> lagrangian_levels(const std::vector<Curve>& curves, double sparsity);
 
 }  // namespace larosa

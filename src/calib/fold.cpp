@@ -146,10 +146,7 @@ class LayerFolder {
   void fold_group(const Group& group) {
     const Site site = site_of(group.projections[0]);
     std::vector<double> square(static_cast<size_t>(projection_in(job_.config, group.projections[0])));
-    for (Projection p : group.projections) {
-      const bool scores = !job_.method || !job_.method->scores || job_.method->scores(p, *job_.choice);
-      fold_projection(p, group.rule.scaled && scores ? &square : nullptr);
-    }
+    for (Projection p : group.projections) fold_projection(p, group.rule.scaled ? &square : nullptr);
     const std::string first = projection_name(group.projections[0]);
     if (group.rule.scaled) {
       for (double& s : square) s = std::sqrt(s);

@@ -32,8 +32,6 @@ struct FoldJob {
   Form form;
   bool after_gain;  // simulate: thin after the gain, so the gain stays where it is
   StoredTypes types = {};
-  const Method* method = nullptr;  // whose `scores` says which channels score; null: all
-  const Choice* choice = nullptr;  // beside it
 };
 
 /// A finished tensor, in the words of docs/formats.md.

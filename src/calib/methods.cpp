@@ -87,10 +87,15 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
     plan.layers.push_back(plan_layer(method, {config, choice, l, levels}));
   if (!thins(plan.layers[0])) return plan;
   plan.sparsity = choice.sparsity;
-  if (!method.wants(choice).magnitudes)
+  const Wants wants = method.wants(choice);
+  if (wants.rotation)
+    plan.notes["rotate"] = choice.rotate ? "on" : "off";
+  else if (!wants.magnitudes)
     plan.notes["score"] = choice.score == Score::norm ? "norm" : "magnitude";
-  if (choice.allocation == Allocation::greedy) {
-    plan.notes["allocation"] = "greedy";
+  if (choice.allocation != Allocation::uniform) {
+    plan.notes["allocation"] = choice.allocation == Allocation::greedy ? "greedy" : "lagrangian";
+    if (choice.allocation == Allocation::lagrangian && choice.currency == Currency::absolute)
+      plan.notes["currency"] = "absolute";
     return plan;
   }
   std::ostringstream scales;
@@ -99,14 +104,19 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
   return plan;
 }
 
+Rule topk_rule(const LayerTask& task, Projection p) {
+  Rule rule;
+  rule.select = Select::topk;
+  rule.keep = keep_of(projection_in(task.config, p), task.levels[static_cast<size_t>(p)]);
+  rule.scaled = task.choice.score == Score::norm;
+  return rule;
+}
+
 LayerPlan topk_layer(const LayerTask& task, const std::array<bool, 4>& rotated) {
   LayerPlan layer = dense_layer();
   for (Group& group : layer.groups) {
-    const Projection first = group.projections[0];
-    group.rule.select = Select::topk;
-    group.rule.keep = keep_of(projection_in(task.config, first), task.levels[static_cast<size_t>(first)]);
-    group.rule.scaled = task.choice.score == Score::norm;
-    group.rule.rotated = rotated[static_cast<size_t>(site_of(first))];
+    group.rule = topk_rule(task, group.projections[0]);
+    group.rule.rotated = rotated[static_cast<size_t>(site_of(group.projections[0]))];
   }
   return layer;
 }

@@ -27,8 +27,12 @@ enum class Score { magnitude, norm };
 /// change of basis between attention and MLP.
 enum class Source { pooled, h1, separate };
 /// How the budget is shared out. uniform: the same levels in every layer, by site_scale; greedy: within each
-/// layer, by what it costs the layer's output (TEAL, arXiv 2408.14690 §4.3).
-enum class Allocation { uniform, greedy };
+/// layer, by what it costs the layer's output (TEAL, arXiv 2408.14690 §4.3); lagrangian: over all layers, by
+/// what each group costs its layer's output alone.
+enum class Allocation { uniform, greedy, lagrangian };
+/// What makes errors of different layers comparable: each token's relative to the square of the layer's dense
+/// output, or as they are in the stream that all layers add to.
+enum class Currency { relative, absolute };
 /// What reaches a layer whose cuts are looked for: the stream as the thinned layers before it leave it, so
 /// that the budget is met, or the dense model's (TEAL as published, which drops more than asked for).
 enum class Stream { thinned, dense };
@@ -44,6 +48,7 @@ struct Choice {
   bool rotate = true;        // wina: in its rotated bases
   bool rotate_h2 = true;     // attention output in a basis per KV head
   Allocation allocation = Allocation::uniform;
+  Currency currency = Currency::relative;
   Stream stream = Stream::thinned;
   bool after_gain = false;  // thin after the RMSNorm gain, as the published simulation does (simulate only)
 };
@@ -68,6 +73,7 @@ struct Wants {
   bool stream = false, mlp = false, heads = false;  // the bases it makes
   bool moments = false;                             // they come from moments, else from weights alone
   bool magnitudes = false;                          // for cuts
+  bool rotation = false;                            // its rotation may be switched off, its scores may not
   bool bases() const { return stream || heads; }
   bool text() const { return moments || magnitudes; }
 };
@@ -116,8 +122,6 @@ struct Method {
   Wants (*wants)(const Choice& choice);
   Bases (*bases)(const BasisTask& task);
   LayerPlan (*plan)(const LayerTask& task);
-  /// Whether a projection's channels count in its group's score weights; null: all do.
-  bool (*scores)(Projection p, const Choice& choice) = nullptr;
 };
 
 std::span<const Method> methods();
@@ -144,6 +148,9 @@ LayerPlan plan_layer(const Method& method, const LayerTask& task);
 /// What `method` does to a model without looking at a text: every layer at uniform_levels. Names no source
 /// model and no calibration. Throws as uniform_levels.
 Plan plan_model(const Method& method, const ModelConfig& config, const Choice& choice);
+
+/// Top-K at p's level, by the score that was asked for.
+Rule topk_rule(const LayerTask& task, Projection p);
 
 /// The usual four groups, each thinned by Top-K; `rotated` marks the sites with a run-time basis.
 LayerPlan topk_layer(const LayerTask& task, const std::array<bool, 4>& rotated);

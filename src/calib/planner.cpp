@@ -1,11 +1,27 @@
 #include "calib/planner.h"
 
-#include "calib/allocate.h"
-
 namespace larosa {
 
 bool plans_by_text(const Method& method, const Choice& choice) {
   return method.wants(choice).magnitudes || choice.allocation != Allocation::uniform;
+}
+
+std::vector<Curve> find_curves(const Method& method, LayerTask task, Layer& layer, Calibration& calibration) {
+  std::vector<Curve> curves;
+  Trial trial = calibration.trial(layer, task.layer);
+  for (size_t g = 0; g < layer.plan.groups.size(); ++g) {
+    Curve curve{group_weights(task.config, layer.plan.groups[g]), {}};
+    for (const double level : kCurveLevels) {
+      set_level(task.levels, layer.plan.groups[g], level);
+      LayerPlan plan = method.plan(task);
+      for (size_t other = 0; other < plan.groups.size(); ++other)
+        if (other != g) plan.groups[other].rule.select = Select::all;
+      const LayerError error = trial.error(plan);
+      curve.errors.push_back(task.choice.currency == Currency::relative ? error.relative : error.absolute);
+    }
+    curves.push_back(std::move(curve));
+  }
+  return curves;
 }
 
 LayerPlan find_plan(const Method& method, LayerTask task, Layer& layer, Calibration& calibration) {

@@ -18,6 +18,7 @@
 #include "calib/planner.h"
 #include "calib/statistics.h"
 #include "io/files.h"
+#include "io/json.h"
 
 namespace larosa {
 namespace {
@@ -81,6 +82,7 @@ nlohmann::json options_json(const SparsifyOptions& options) {
           {"after_gain", choice.after_gain},
           {"allocation", static_cast<int>(choice.allocation)},
           {"stream", static_cast<int>(choice.stream)},
+          {"currency", static_cast<int>(choice.currency)},
           {"weights", type_name(options.types.weights)},
           {"adapters", type_name(options.types.adapters)},
           {"head", type_name(options.types.head)},
@@ -337,7 +339,13 @@ class Job {
     return bases;
   }
 
+  /// What was found for a layer: its plan, or the curves from which all layers' plans are made.
   fs::path plan_file(int64_t l) const { return fs::path(partial_) / ("plan-" + std::to_string(l) + ".json"); }
+  void write_found(int64_t l, const std::string& text) const {
+    const std::string temporary = plan_file(l).string() + ".tmp";
+    write_file(temporary, text);
+    fs::rename(temporary, plan_file(l));
+  }
 
   /// The windows that plans are found on, and their length: whole ones for cuts, else what a trial looks at.
   std::vector<int32_t> planning_tokens(int64_t& window) const {
@@ -352,7 +360,7 @@ class Job {
     return tokens;
   }
 
-  /// Layers one after another, each folded in float32: its plan, and the text on to the next one.
+  /// Layers one after another, each folded in float32: its plan or curves, and the text on to the next one.
   void plan_layers() {
     int64_t finished = 0;
     while (finished < config_.layers && fs::exists(plan_file(finished))) ++finished;
@@ -361,14 +369,26 @@ class Job {
     Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, pool_, tokens, window);
     const Bases first = options_.choice.form == Form::folded ? read_bases(0) : Bases{};
     if (!first.stream.empty()) calibration.turn(first.stream);
+    std::vector<Curve> curves;
     for (int64_t l = 0; l < config_.layers; ++l) {
-      LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
-      if (l < finished)
-        plan = plan_from_json(read_file(plan_file(l).string()), plan_file(l).string()).layers.at(0);
       if (finished < config_.layers) plan_next_layer(calibration, l, l < finished);
+      if (lagrangian()) {
+        const std::vector<Curve> found = curves_from(l);
+        curves.insert(curves.end(), found.begin(), found.end());
+      } else {
+        plan_.layers[static_cast<size_t>(l)] = plan_from(l);
+      }
       tick(kPlanUnits, layer_note("planning", l));
     }
+    if (lagrangian()) share_out(curves);
     validate(plan_, plan_shape(config_), partial_);
+  }
+
+  bool lagrangian() const { return options_.choice.allocation == Allocation::lagrangian; }
+
+  LayerTask task_of(int64_t l) const {
+    const Choice& choice = options_.choice;
+    return {config_, choice, l, uniform_levels(config_, choice.sparsity, choice.site_scale)};
   }
 
   void plan_next_layer(Calibration& calibration, int64_t l, bool found) {
@@ -376,24 +396,58 @@ class Job {
     StoredTypes types = options_.types;
     types.weights = types.adapters = DType::f32;
     fold_to(folded, l, types);
-    LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
     const Checkpoint file = Checkpoint::open_file(folded.string());
-    Layer layer = load_stored_layer(file, config_, plan, l);
-    const Choice& choice = options_.choice;
-    if (!found) {
-      plan = find_plan(method_,
-                       {config_, choice, l, uniform_levels(config_, choice.sparsity, choice.site_scale)},
-                       layer, calibration);
+    Layer layer = load_stored_layer(file, config_, plan_.layers[static_cast<size_t>(l)], l);
+    if (!found && lagrangian()) {
+      nlohmann::json curves = nlohmann::json::array();
+      for (const Curve& curve : find_curves(method_, task_of(l), layer, calibration))
+        curves.push_back(curve.errors);
+      write_found(l, curves.dump());
+    } else if (!found) {
       Plan one;
-      one.layers = {plan};
-      const std::string temporary = plan_file(l).string() + ".tmp";
-      write_file(temporary, plan_to_json(one));
-      fs::rename(temporary, plan_file(l));
+      one.layers = {find_plan(method_, task_of(l), layer, calibration)};
+      write_found(l, plan_to_json(one));
     }
-    layer.plan = plan;
-    const bool thinned = wants_.magnitudes && choice.stream == Stream::thinned;
+    if (!lagrangian()) layer.plan = plan_from(l);
+    const bool thinned = wants_.magnitudes && options_.choice.stream == Stream::thinned;
     if (l + 1 < config_.layers) calibration.walk(layer, l, Pass{!thinned, nullptr}, throw_if_interrupted);
     fs::remove(folded);
+  }
+
+  LayerPlan plan_from(int64_t l) const {
+    const std::string file = plan_file(l).string();
+    const Plan one = plan_from_json(read_file(file), file);
+    if (one.layers.size() != 1) fail(file, ": ", one.layers.size(), " layers, expected 1");
+    return one.layers[0];
+  }
+
+  std::vector<Curve> curves_from(int64_t l) const {
+    const std::string file = plan_file(l).string();
+    const nlohmann::json found = parse_json(read_file(file), file);
+    const auto& groups = plan_.layers[static_cast<size_t>(l)].groups;
+    std::vector<Curve> curves;
+    for (size_t g = 0; g < groups.size(); ++g) {
+      Curve curve{group_weights(config_, groups[g]), {}};
+      const bool fits = found.is_array() && found.size() == groups.size() && found[g].is_array() &&
+                        found[g].size() == kCurveLevels.size();
+      for (size_t i = 0; fits && i < found[g].size(); ++i)
+        if (found[g][i].is_number()) curve.errors.push_back(found[g][i].get<double>());
+      if (curve.errors.size() != kCurveLevels.size()) fail(file, ": does not hold a layer's curves");
+      curves.push_back(std::move(curve));
+    }
+    return curves;
+  }
+
+  /// The layers' plans from the curves of all of them.
+  void share_out(const std::vector<Curve>& curves) {
+    const std::vector<double> levels = lagrangian_levels(curves, options_.choice.sparsity);
+    auto level = levels.begin();
+    for (int64_t l = 0; l < config_.layers; ++l) {
+      LayerTask task = task_of(l);
+      LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
+      for (const Group& group : plan.groups) set_level(task.levels, group, *level++);
+      plan = plan_layer(method_, task);
+    }
   }
 
   std::map<std::string, std::string> shard_metadata() const {
@@ -418,9 +472,7 @@ class Job {
                       plan,
                       options_.choice.form,
                       options_.choice.after_gain,
-                      types,
-                      &method_,
-                      &options_.choice};
+                      types};
     std::vector<FoldedTensor> tensors;
     fold_layer(job, l, pool_, [&](FoldedTensor&& tensor) {
       throw_if_interrupted();

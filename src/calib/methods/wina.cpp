@@ -3,17 +3,10 @@
 // with the gain folded. No calibration text. Norms of k and gate score their groups; o and down, whose
 // channels are not made orthogonal, go by |x_i|. Without the rotation every group is scored by the norms of
 // all its original weights.
-#include <cmath>
-
-#include "calib/fold.h"
 #include "calib/methods.h"
 
 namespace larosa {
 namespace {
-
-bool made_orthogonal(Projection p) {
-  return p == Projection::wk || p == Projection::gate;
-}
 
 /// Eigenvectors of diag(gain) W^T W diag(gain). Where W has fewer outputs than inputs (k of grouped-query
 /// attention) the rest of the basis is any orthonormal completion, with norms of 0.
@@ -40,12 +33,21 @@ Bases bases(const BasisTask& task) {
 }
 
 LayerPlan plan(const LayerTask& task) {
-  const Choice& choice = task.choice;
-  const bool turned = choice.rotate && choice.form == Form::simulate;
-  LayerPlan layer = topk_layer(task, {turned, false, turned, false});
+  using enum Projection;
+  const bool rotate = task.choice.rotate;
+  LayerPlan layer;
+  if (rotate) {
+    layer.groups = {{{wq, wv}, {}}, {{wk}, {}}, {{wo}, {}}, {{gate}, {}}, {{up}, {}}, {{down}, {}}};
+  } else {
+    for (const Projection p : kProjections) layer.groups.push_back({{p}, {}});
+  }
   for (Group& group : layer.groups) {
-    const Site site = site_of(group.projections[0]);
-    group.rule.scaled = !choice.rotate || site == Site::h1 || site == Site::h3;
+    const Projection first = group.projections[0];
+    const Site site = site_of(first);
+    group.rule = topk_rule(task, first);
+    group.rule.scaled = !rotate || first == wk || first == gate;
+    group.rule.rotated =
+        rotate && task.choice.form == Form::simulate && (site == Site::h1 || site == Site::h3);
   }
   return layer;
 }
@@ -53,12 +55,10 @@ LayerPlan plan(const LayerTask& task) {
 }  // namespace
 
 extern const Method kWina;
-const Method kWina = {
-    "wina",
-    "Top-K by weight norms, where k and gate have orthogonal channels",
-    [](const Choice& choice) { return Wants{.stream = choice.rotate, .mlp = choice.rotate}; },
-    bases,
-    plan,
-    [](Projection p, const Choice& choice) { return !choice.rotate || made_orthogonal(p); }};
+const Method kWina = {"wina", "Top-K by weight norms, where k and gate have orthogonal channels",
+                      [](const Choice& choice) {
+                        return Wants{.stream = choice.rotate, .mlp = choice.rotate, .rotation = true};
+                      },
+                      bases, plan};
 
 }  // namespace larosa
