@@ -94,7 +94,7 @@ void norm(State& state, int64_t rows, int64_t dim) {
 void glu(State& state, int64_t rows, int64_t dim) {
   Random random(4);
   const Rows gate = Rows(rows, dim).fill(random), up = Rows(rows, dim).fill(random), mid(rows, dim);
-  for (auto _ : state) cpu()->glu(gate.mat, up.mat, mid.mat);
+  for (auto _ : state) cpu()->glu(gate.mat, up.mat, {}, mid.mat);
 }
 
 void softmax(State& state, int64_t rows, int64_t vocab) {

@@ -2,6 +2,7 @@
 """Writes what tests/golden_test.cpp compares with: logits of transformers, weights widened to float32, eager attention.
 
     dev/golden.py tiny    [--out tests/golden/models]     random models of every family, with logits of a prompt
+    dev/golden.py sparse  [--out tests/golden/sparse]     the same of models that are trained to be sparse
     dev/golden.py trained DIR... [--out tests/golden]     <name>.json of trained models: a prompt, its greedy
                                                           continuation of 200 ids, logits at three positions
 
@@ -17,6 +18,7 @@ import shutil
 import zlib
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -49,6 +51,43 @@ TINY = {
                           "bfloat16", 1),
     "qwen3-bf16": ("Qwen3", "qwen3", dict(head_dim=32, rope_theta=1000000, tie_word_embeddings=True, rms_norm_eps=1e-6),
                    "bfloat16", 1),
+}
+
+
+
+def fatrelu(model, config):
+    """ProSparse: the gate's values up to the threshold become zero."""
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.Threshold(config["hidden_act_param"], 0.0)
+
+
+def drelu(model, config):
+    """TurboSparse: ReLU on gate and up."""
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda module, inputs, output: F.relu(output))
+
+
+def qsparse(model, config):
+    """Q-Sparse: every projection reads the largest int((1 - sparse_ratio) n) entries of its input."""
+    def keep(module, inputs):
+        x = inputs[0]
+        kept = x.abs().topk(int((1 - config["sparse_ratio"]) * x.shape[-1]), dim=-1).indices
+        return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept)),
+    for layer in model.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(keep)
+
+
+# As TINY, and: the model_type that transformers knows, what makes the model of it.
+SPARSE = {
+    "relu-f32": ("Llama", "llama", dict(hidden_act="relu"), "float32", 1, None, None),
+    "relu2-bf16": ("Llama", "llama", dict(hidden_act="relu2", attention_bias=True), "bfloat16", 1, None, None),
+    "prosparse-f16": ("SparseLlama", "sparsellama", dict(hidden_act="fatrelu", hidden_act_param=0.1), "float16", 1,
+                      "llama", fatrelu),
+    "turbosparse-bf16": ("Bamboo", "bamboo", dict(hidden_act="relu", sliding_window=None), "bfloat16", 1,
+                         "mistral", drelu),
+    "qsparse-bf16": ("Qwen2", "qwen2", dict(use_sliding_window=False, sparse_ratio=0.4), "bfloat16", 1, None, qsparse),
 }
 
 
@@ -85,8 +124,9 @@ def write_weights(state, folder, files):
 
 
 @torch.no_grad()
-def tiny(out):
-    for name, (family, model_type, changes, stored, files) in TINY.items():
+def tiny(out, table):
+    for name, row in table.items():
+        family, model_type, changes, stored, files, known, change = row + (None,) * (7 - len(row))
         folder = out / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -95,9 +135,12 @@ def tiny(out):
         (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         dtype = getattr(torch, stored)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), attn_implementation="eager",
+        understood = dict(config, model_type=known, hidden_act="relu") if known else config
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**understood), attn_implementation="eager",
                                                  dtype=torch.float32).eval()
         randomize(model, generator, dtype)
+        if change:
+            change(model, config)
         state = {n: p.detach().to(dtype).contiguous().clone() for n, p in model.named_parameters()}
         write_weights(state, folder, files)
         prompt = torch.randint(0, config["vocab_size"], (PROMPT,), generator=generator)
@@ -152,14 +195,16 @@ def trained(folders, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tiny", "trained"])
+    parser.add_argument("what", choices=["tiny", "sparse", "trained"])
     parser.add_argument("folders", nargs="*", metavar="DIR")
     parser.add_argument("--out", type=pathlib.Path)
     arguments = parser.parse_args()
     root = pathlib.Path(__file__).resolve().parent.parent
     torch.set_num_threads(2)
     if arguments.what == "tiny":
-        tiny(arguments.out or root / "tests/golden/models")
+        tiny(arguments.out or root / "tests/golden/models", TINY)
+    elif arguments.what == "sparse":
+        tiny(arguments.out or root / "tests/golden/sparse", SPARSE)
     else:
         trained(arguments.folders, arguments.out or root / "tests/golden")
 

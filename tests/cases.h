@@ -48,6 +48,13 @@ inline std::vector<int64_t> keeps(int64_t n) {
   return {unique.begin(), unique.end()};
 }
 
+/// Every activation of a feed-forward, one of them with a threshold.
+inline const std::vector<Activation> kActivations = {{Activation::silu, 0},
+                                                     {Activation::relu, 0},
+                                                     {Activation::relu, 0.3f},
+                                                     {Activation::relu2, 0},
+                                                     {Activation::drelu, 0}};
+
 inline constexpr double kUnit = 0x1p-24;  // relative error of one float32 rounding
 
 /// Bound of the error of a float32 sum of n products in any order, times Σ|x·w|; Higham, Accuracy and

@@ -91,6 +91,22 @@ struct Mutation {
   std::vector<std::string> words;
 };
 
+TEST(Config, TrainedSparsity) {
+  const auto activation = [](const char* type, const char* changes) {
+    return parse_config(changed(type, changes), "c.json").activation;
+  };
+  EXPECT_EQ(activation("llama", "{}"), Activation{});
+  EXPECT_EQ(activation("llama", R"({"hidden_act":"relu"})"), (Activation{Activation::relu, 0}));
+  EXPECT_EQ(activation("qwen3", R"({"hidden_act":"relu2"})"), (Activation{Activation::relu2, 0}));
+  EXPECT_EQ(activation("sparsellama", R"({"hidden_act":"fatrelu","hidden_act_param":0.01})"),
+            (Activation{Activation::relu, 0.01f}));
+  EXPECT_EQ(activation("bamboo", R"({"hidden_act":"relu"})"), (Activation{Activation::drelu, 0}));
+  EXPECT_EQ(parse_config(changed("qwen2", R"({"sparse_ratio":-1})"), "c.json").sparse_ratio, 0);
+  const ModelConfig q = parse_config(changed("qwen2", R"({"sparse_ratio":0.4})"), "c.json");
+  EXPECT_EQ(q.trained_keep(10), 6);
+  EXPECT_EQ(q.trained_keep(11), 6);  // rounded down
+}
+
 TEST(Config, RefusesWhatItCannotRun) {
   const std::vector<Mutation> cases = {
       {"phi3", "{}", {"model_type", "phi3", "llama, mistral, qwen2, qwen3"}},
@@ -131,6 +147,11 @@ TEST(Config, RefusesWhatItCannotRun) {
       {"llama", R"({"rope_parameters":{"partial_rotary_factor":0.5}})", {"partial_rotary_factor"}},
       {"llama", R"({"partial_rotary_factor":0.5})", {"partial_rotary_factor"}},
       {"llama", R"({"hidden_act":"gelu"})", {"hidden_act", "gelu"}},
+      {"llama", R"({"hidden_act":"fatrelu"})", {"hidden_act_param", "absent"}},
+      {"sparsellama", R"({"hidden_act":"fatrelu","hidden_act_param":-1})", {"hidden_act_param", "-1"}},
+      {"bamboo", R"({"hidden_act":"silu"})", {"hidden_act", "relu"}},
+      {"qwen2", R"({"sparse_ratio":1})", {"sparse_ratio"}},
+      {"qwen2", R"({"sparse_ratio":"half"})", {"sparse_ratio"}},
       {"llama", R"({"mlp_bias":true})", {"mlp_bias"}},
       {"llama", R"({"attention_bias":"yes"})", {"attention_bias", "true or false"}},
       {"llama", R"({"tie_word_embeddings":1})", {"tie_word_embeddings"}},

@@ -82,6 +82,48 @@ TEST_F(Cuda, SparseEqualsDenseOfMaskedRow) {
   });
 }
 
+/// Outputs that a selection chooses are those of the whole product, bit for bit; what it drops is the rest of
+/// its row.
+TEST_F(Cuda, OutputsEqualTheProductWhereKept) {
+  Random random(14);
+  for (const int64_t rows : {1, 2, 17}) {
+    for (const Shape s : kShapes) {
+      if (rows * s.in * s.out > 3'000'000) continue;
+      for (const Layout layout : kLayouts) {
+        for (const DType dtype : types(layout)) {
+          SCOPED_TRACE(std::to_string(rows) + " rows " + std::to_string(s.in) + "→" + std::to_string(s.out) +
+                       " " + dtype_name(dtype) + (layout == Layout::rows ? " rows" : " channels"));
+          const ProductCase c(rows, s, dtype, layout, true, false);
+          DeviceCase device(cuda(), c, true);
+          const Rows score = Rows(rows, s.out).fill(random);
+          for (int64_t j = 0; j < s.out; j += 3) score.mat.row(rows - 1)[j] = -0.0f;
+          const DeviceRows scores(cuda(), score);
+          const Rows all = device.run()[0];
+          const auto kept = cuda().make_selection(rows, s.out);
+          for (const int64_t keep : keeps(s.out)) {
+            const DeviceRows y(cuda(), Rows(rows, s.out)), taken(cuda(), Rows(rows, s.out)),
+                left(cuda(), Rows(rows, s.out));
+            cuda().topk(scores.mat, nullptr, keep, *kept);
+            cuda().matmul_outputs(device.x.mat, *kept, {device.weight(0), y.mat, false});
+            cuda().expand(*kept, taken.mat);
+            cuda().expand_dropped(*kept, scores.mat, left.mat);
+            const Rows found = y.back(), in = taken.back(), out = left.back();
+            EXPECT_TRUE(found.gaps_intact() && out.gaps_intact());
+            int64_t wrong = 0;
+            for (int64_t t = 0; t < rows; ++t) {
+              for (int64_t j = 0; j < s.out; ++j) {
+                wrong += !(found.at(t, j) == (in.at(t, j) != 0 ? all.at(t, j) : 0.0f));
+                wrong += !(in.at(t, j) + out.at(t, j) == score.at(t, j) && in.at(t, j) * out.at(t, j) == 0);
+              }
+            }
+            EXPECT_EQ(wrong, 0) << "keep " << keep;
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_F(Cuda, MatmulMatchesTruth) {
   for (const Products arithmetic : {Products::f32, Products::bf16}) {
     const auto backend = find_cuda(arithmetic);
@@ -115,7 +157,7 @@ TEST_F(Cuda, WaitingRowsAreSeen) {
   for (const bool gated : {false, true}) {
     const DeviceRows h(cuda(), blank), alone(cuda(), blank);
     const auto make = [&](Mat to) {
-      gated ? cuda().glu(dx.mat, dup.mat, to) : cuda().rms_norm(dx.mat, nullptr, 1e-5f, to);
+      gated ? cuda().glu(dx.mat, dup.mat, {}, to) : cuda().rms_norm(dx.mat, nullptr, 1e-5f, to);
     };
     make(alone.mat);
     const Rows expected = alone.back();  // made by a kernel of its own
@@ -251,9 +293,14 @@ TEST_F(Cuda, NormGluEmbedMatchRef) {
       cuda().rms_norm(dx.mat, device_gain.get(), 1e-5f, y.mat);
       ref_->rms_norm(x.mat, gain.data(), 1e-5f, truth.mat);
       expect_near(sum_bound(64) / 2 + 4 * kUnit);
-      cuda().glu(dx.mat, dup.mat, y.mat);
-      ref_->glu(x.mat, up.mat, truth.mat);
-      expect_near(6 * kUnit);
+      for (const Activation& activation : kActivations) {
+        cuda().glu(dx.mat, dup.mat, activation, y.mat);
+        ref_->glu(x.mat, up.mat, activation, truth.mat);
+        expect_near(6 * kUnit);
+        cuda().activate(dx.mat, activation, y.mat);
+        ref_->activate(x.mat, activation, truth.mat);
+        expect_near(6 * kUnit);
+      }
       std::vector<int32_t> tokens;
       for (int64_t t = 0; t < rows; ++t) tokens.push_back(static_cast<int32_t>(random.below(9)));
       for (const DType dtype : kTypes) {
@@ -441,6 +488,34 @@ TEST_F(CudaModel, SparsifiedPerplexityIsTheCpus) {
     const double expected = measure(*cpu), found = measure(cuda());
     EXPECT_NEAR(found / expected, 1, 0.002);
     EXPECT_EQ(found, measure(cuda()));
+  }
+}
+
+/// As TrainedSparseEqualsDenseBitForBit of sparsify_test.cpp, and the cpu's logits.
+TEST_F(CudaModel, TrainedSparseEqualsDense) {
+  ThreadPool pool(0);
+  const auto cpu = make_cpu_backend({}, pool);
+  for (const std::string& source : tiny_models("sparse")) {
+    SCOPED_TRACE(source);
+    TemporaryDir dir;
+    SparsifyOptions options;
+    options.source = source;
+    options.output = dir / "out";
+    options.method = "dense";
+    options.progress = false;
+    sparsify(options, {}, 1, *cpu, pool);
+    for (const std::string& from : {source, dir / "out"}) {
+      const Model model = load_model(from);
+      Model placed = load_model(from);
+      place(placed, cuda());
+      const auto tokens = some_tokens(model.config.vocab, 24);
+      const auto expected = all_logits(model, *cpu, tokens, tokens.size());
+      for (const size_t chunk : {tokens.size(), size_t{7}, size_t{1}}) {
+        const auto found = all_logits(placed, cuda(), tokens, chunk);
+        EXPECT_EQ(found, all_logits(placed, cuda(), tokens, chunk, true)) << chunk << " at once";
+        EXPECT_LT(relative_rms(found, expected), 1e-4) << chunk << " at once";
+      }
+    }
   }
 }
 

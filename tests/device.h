@@ -87,6 +87,7 @@ class DeviceCase {
   std::vector<Rows> run(Mat rows) {
     return collect([&](auto products) { backend_.matmul(rows, products); });
   }
+  const Weight& weight(size_t p) const { return weights_[p].weight; }
   std::vector<Rows> run() { return run(x.mat); }
   std::vector<Rows> run_sparse(const Selection& kept) {
     return collect([&](auto products) { backend_.sparse_matmul(kept, products); });

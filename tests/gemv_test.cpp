@@ -75,6 +75,89 @@ TEST(Gemv, DroppedChannelsAreNotRead) {
   }
 }
 
+/// Outputs chosen by a selection: as matmul gives them where its entry is not zero, and zero elsewhere.
+TEST(Outputs, EqualTheProductWhereKept) {
+  Random random(9);
+  const auto ref = make_ref_backend();
+  each_case([&](const Cpu& cpu, const std::string&, Shape s, DType dtype, Layout layout) {
+    if (layout == Layout::channels && dtype != DType::f32 && dtype != DType::int4) return;  // only masked
+    for (const int64_t rows : {1, 2, 17}) {
+      if (rows > 1 && s.out > 1000) continue;
+      const ProductCase c(rows, s, dtype, layout, true, false);
+      const Rows score = Rows(rows, s.out).fill(random);
+      for (int64_t j = 0; j < s.out; j += 3) score.mat.row(rows - 1)[j] = 0;
+      const Weight& weight = c.weights[0].weight;
+      const Rows all(rows, s.out);
+      const Product dense{weight, all.mat, false};
+      cpu->matmul(c.x.mat, std::span(&dense, 1));
+      for (Backend* backend : {cpu.backend.get(), ref.get()}) {
+        const auto kept = backend->make_selection(rows, s.out);
+        const bool slow = backend == ref.get();  // once, on what is small
+        if (slow && s.in * s.out > 50000) continue;
+        for (const int64_t keep : slow ? std::vector{s.out / 2} : std::vector{int64_t{0}, s.out / 2, s.out}) {
+          const Rows y(rows, s.out), mask(rows, s.out);
+          backend->topk(score.mat, nullptr, keep, *kept);
+          backend->expand(*kept, mask.mat);
+          backend->matmul_outputs(c.x.mat, *kept, {weight, y.mat, false});
+          EXPECT_TRUE(y.gaps_intact());
+          int64_t wrong = 0;
+          for (int64_t t = 0; t < rows; ++t) {
+            for (int64_t j = 0; j < s.out; ++j) {
+              const bool there = mask.at(t, j) != 0;
+              if (slow) {
+                wrong += there != (y.at(t, j) != 0);
+              } else {
+                wrong += !(y.at(t, j) == (there ? all.at(t, j) : 0.0f));
+              }
+            }
+          }
+          EXPECT_EQ(wrong, 0) << rows << " rows, keep " << keep;
+        }
+      }
+    }
+  });
+}
+
+TEST(Outputs, DroppedRowsAreNotRead) {
+  Random random(10);
+  for (const std::string& isa : isas()) {
+    const Cpu cpu(isa, 2);
+    const StoredWeight w(DType::f32, Layout::rows, 40, 70, false, random);
+    const Rows x = Rows(1, 40).fill(random), score = Rows(1, 70).fill(random), y(1, 70);
+    for (const int64_t j : {0, 7, 69}) {  // in both chains
+      score.mat.data[j] = 0;
+      for (int64_t i = 0; i < 40; ++i)
+        store_element(const_cast<void*>(w.weight.data), DType::f32, j * 40 + i, std::nan(""));
+    }
+    const auto kept = cpu->make_selection(1, 70);
+    for (const bool by_count : {false, true}) {  // kept zeros are not read either
+      by_count ? cpu->topk(score.mat, nullptr, 70, *kept) : cpu->threshold(score.mat, nullptr, 0, *kept);
+      cpu->matmul_outputs(x.mat, *kept, {w.weight, y.mat, false});
+      for (int64_t j = 0; j < 70; ++j) EXPECT_FALSE(std::isnan(y.at(0, j))) << isa;
+    }
+  }
+}
+
+TEST(Outputs, ThreadsChangeNoBit) {
+  Random random(12);
+  const Rows x = Rows(1, 257).fill(random), score = Rows(1, 1409).fill(random);
+  for (const std::string& isa : isas()) {
+    for (const DType dtype : types(Layout::rows)) {
+      const StoredWeight w(dtype, Layout::rows, 257, 1409, true, random);
+      std::set<std::vector<float>> found;
+      for (const int threads : kThreads) {
+        const Cpu cpu(isa, threads);
+        const auto kept = cpu->make_selection(1, 1409);
+        std::vector<float> y(1409);
+        cpu->topk(score.mat, nullptr, 500, *kept);
+        cpu->matmul_outputs(x.mat, *kept, {w.weight, Mat(y.data(), 1, 1409), false});
+        found.insert(y);
+      }
+      EXPECT_EQ(found.size(), 1u) << isa << " " << dtype_name(dtype);
+    }
+  }
+}
+
 /// What is wrong with an input is seen in the output, and does not hide in an integer.
 TEST(Gemv, NotANumberComesThrough) {
   Random random(6);

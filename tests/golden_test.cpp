@@ -40,8 +40,11 @@ class Golden : public testing::Test {
  protected:
   /// As one prompt, in pieces, and token by token.
   void expect_tiny_models(Backend& backend) {
-    const auto dirs = tiny_models();
+    auto dirs = tiny_models();
     ASSERT_GE(dirs.size(), 12u);
+    const auto sparse = tiny_models("sparse");
+    ASSERT_EQ(sparse.size(), 5u);
+    dirs.insert(dirs.end(), sparse.begin(), sparse.end());
     for (const std::string& dir : dirs) {
       const Model model = load_model(dir);
       const TinyGolden golden = read_tiny(dir, model.config.vocab);

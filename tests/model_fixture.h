@@ -27,10 +27,11 @@ inline std::string demo_model() {
   return source_path("models/demo-7m");
 }
 
-/// The tiny random models of tests/golden/models, one per family.
-inline std::vector<std::string> tiny_models() {
+/// The tiny random models of tests/golden/models, one per family; of tests/golden/sparse, one per way of
+/// being trained sparse.
+inline std::vector<std::string> tiny_models(const std::string& folder = "models") {
   std::vector<std::string> dirs;
-  for (const auto& entry : std::filesystem::directory_iterator(source_path("tests/golden/models"))) {
+  for (const auto& entry : std::filesystem::directory_iterator(source_path("tests/golden/" + folder))) {
     if (std::filesystem::exists(entry.path() / "config.json")) dirs.push_back(entry.path().string());
   }
   std::sort(dirs.begin(), dirs.end());

@@ -56,6 +56,8 @@ TEST(Plan, RandomPlansComeBackEqual) {
     for (uint64_t n = below(5); n > 0; --n) {
       LayerPlan layer = dense_layer();
       if (below(2)) layer.groups.push_back({{up}, {}});
+      if (below(2)) layer.groups.back().rank = 1 + static_cast<int64_t>(below(1u << 30));
+      if (below(2)) layer.neurons = {Select::topk, 1 + static_cast<int64_t>(below(1u << 30))};
       layer.adapter = below(2);
       layer.middle = below(2);
       for (Group& group : layer.groups) {
@@ -67,6 +69,7 @@ TEST(Plan, RandomPlansComeBackEqual) {
         if (rule.select == Select::threshold && below(2)) rule.keep = 1 + static_cast<int64_t>(below(99));
         rule.scaled = below(2);
         rule.rotated = below(2);
+        rule.trained = below(2);
       }
       plan.layers.push_back(layer);
     }
@@ -102,7 +105,7 @@ TEST(Plan, JsonRefusalsNameTheField) {
     expect([&](json& j) { group(j, 0).erase(name); }, {"layers.1.groups.0." + std::string(name)});
     expect([&](json& j) { group(j, 0)[name] = true; }, {"layers.1.groups.0." + std::string(name)});
   }
-  for (const char* name : {"scaled", "rotated"})
+  for (const char* name : {"scaled", "rotated", "trained"})
     expect([&](json& j) { group(j, 0)[name] = 1; }, {"layers.1.groups.0." + std::string(name)});
   expect([&](json& j) { group(j, 0)["select"] = "best"; }, {"groups.0.select", "best"});
   expect([&](json& j) { group(j, 0)["projections"][1] = "wz"; }, {"groups.0.projections", "wz"});
@@ -110,6 +113,10 @@ TEST(Plan, JsonRefusalsNameTheField) {
     expect([&](json& j) { group(j, 0)["keep"] = keep; }, {"groups.0.keep"});
   for (const json& keep : {json(0), json(-1), json("3")})
     expect([&](json& j) { group(j, 1)["keep"] = keep; }, {"groups.1.keep"});
+  for (const json& rank : {json(0), json(-1), json(2.5), json("1")})
+    expect([&](json& j) { group(j, 0)["rank"] = rank; }, {"layers.1.groups.0.rank"});
+  expect([](json& j) { j["layers"][1]["neurons"] = 3; }, {"layers.1.neurons"});
+  expect([](json& j) { j["layers"][1]["neurons"] = {{"select", "topk"}}; }, {"layers.1.neurons.keep"});
   for (const json& cut : {json(-0.5), json(1e300), json("1"), json()})
     expect([&](json& j) { group(j, 1)["cut"] = cut; }, {"layers.1.groups.1.cut"});
   for (const char* text : {"", "[]", "3", "{", "{\"version\":1,\"version\":1}"})
@@ -144,6 +151,19 @@ TEST(Plan, ValidateRefusals) {
           p.layers[1].groups[3].rule = {Select::threshold, keep, 1};
         },
         {"layer 1", "down", "keep", "40"});
+  const Rule half = {Select::topk, 5};
+  expect([](Plan& p) { p.layers[1].groups[0].rank = 3; },
+         {"layer 1", "wq", "rank is 3", "nothing is dropped"});
+  expect([&](Plan& p) { p.layers[1].groups[0] = {{wq, wk, wv}, half, 6}; }, {"layer 1", "rank", "5 (wk)"});
+  expect([&](Plan& p) { p.layers[1].groups[0] = {{wq, wk, wv}, half, -1}; }, {"layer 1", "rank is -1"});
+  expect([](Plan& p) { p.layers[0].neurons = {Select::topk, 41}; }, {"layer 0", "neurons", "keep", "40"});
+  expect([](Plan& p) { p.layers[0].neurons = {Select::topk, 4, 0, true}; }, {"layer 0", "neurons", "scaled"});
+  expect(
+      [&](Plan& p) {
+        p.layers[0].neurons = {Select::topk, 4};
+        p.layers[0].groups[2].rule = half;
+      },
+      {"layer 0", "up", "topk", "neurons"});
   using limits = std::numeric_limits<float>;
   for (const float cut : {-1.0f, limits::infinity(), limits::quiet_NaN()})
     expect(
@@ -168,6 +188,16 @@ TEST(Plan, SparsityByHand) {
   plan.layers[0].groups[1].rule.keep = 5;  // what is expected of the threshold
   EXPECT_DOUBLE_EQ(site_sparsity(plan.layers[0], Site::h2, kShape), 0.75);
   plan.layers[0].groups[1].rule.keep = 0;
+  // A tenth of the neurons: of up's 400 weights 40, of down's 400 the same though its rule keeps more.
+  LayerPlan chosen = dense_layer();
+  chosen.neurons = {Select::topk, 4};
+  EXPECT_DOUBLE_EQ(weight_sparsity(chosen, kShape), 360.0 / 1600);
+  chosen.groups[3].rule = {Select::threshold, 0, 0};
+  EXPECT_DOUBLE_EQ(weight_sparsity(chosen, kShape), 720.0 / 1600);
+  // Half of wo, and 2 · (20 + 10) for what the other half goes through.
+  LayerPlan low = dense_layer();
+  low.groups[1] = {{wo}, {Select::topk, 10}, 2};
+  EXPECT_DOUBLE_EQ(weight_sparsity(low, kShape), 1 - (1600 - 100 + 60) / 1600.0);
   // gate and up apart: the mean of the groups that read h3
   plan.layers[0].groups[2] = {{gate}, {Select::topk, 2}};
   plan.layers[0].groups.push_back({{up}, {Select::topk, 6}});

@@ -208,6 +208,63 @@ TEST_F(Sparsify, WinaMakesChannelsOrthogonal) {
   }
 }
 
+/// Models that are trained to be sparse: what their own plan skips changes no bit, neither as they came nor
+/// stored by channels (and `up` by outputs), where it is not read.
+TEST_F(Sparsify, TrainedSparseEqualsDenseBitForBit) {
+  for (const std::string& source : tiny_models("sparse")) {
+    SCOPED_TRACE(source);
+    TemporaryDir dir;
+    SparsifyOptions options;
+    options.method = "dense";
+    make(source, dir / "out", options);
+    options.types = {DType::int8, DType::int8, DType::int8, DType::int8};
+    make(source, dir / "int8", options);
+    const Model original = load_model(source), stored = load_model(dir / "out"),
+                lines = load_model(dir / "int8");
+    const auto tokens = some_tokens(original.config.vocab, 24);
+    for (const Model* model : {&original, &stored, &lines}) {
+      EXPECT_EQ(model->layers[0].plan, trained_layer(original.config));
+      EXPECT_NE(model->layers[0].plan, dense_layer());
+      for (const size_t chunk : {size_t{1}, size_t{7}, tokens.size()})
+        EXPECT_EQ(all_logits(*model, *backend_, tokens, chunk),
+                  all_logits(*model, *backend_, tokens, chunk, true));
+    }
+    const bool chooses = original.layers[0].plan.neurons.select != Select::all;
+    EXPECT_EQ(chooses, original.config.sparse_ratio == 0);
+    EXPECT_EQ(stored.layers[0].weights[Projection::up].layout, chooses ? Layout::rows : Layout::channels);
+    EXPECT_EQ(lines.layers[0].weights[Projection::up].layout, Layout::channels);
+    const auto expected = all_logits(original, *backend_, tokens, 1);
+    EXPECT_LT(relative_rms(all_logits(stored, *backend_, tokens, 1), expected), 1e-5);
+    options.types = {};
+    options.method = "larosa";
+    if (chooses) {
+      options.choice.sparsity = 0;
+      make(source, dir / "folded", options);
+      const auto found = all_logits(load_model(dir / "folded"), *backend_, tokens, tokens.size());
+      EXPECT_LT(relative_rms(found, expected), storage_tolerance(original));
+    } else {
+      const std::string message = message_of([&] { make(source, dir / "folded", options); });
+      EXPECT_NE(message.find("sparse_ratio"), std::string::npos) << message;
+    }
+  }
+}
+
+/// `up` by outputs goes through rounding by moments as well.
+TEST_F(Sparsify, TrainedSparseIsRoundedByMoments) {
+  TemporaryDir dir;
+  SparsifyOptions options;
+  options.method = "dense";
+  options.types = {DType::int8, DType::int8, DType::int8, DType::int8};
+  options.gptq = true;
+  const std::string source = source_path("tests/golden/sparse/relu-f32");
+  make(source, dir / "out", options);
+  const Model original = load_model(source), rounded = load_model(dir / "out");
+  const auto tokens = some_tokens(original.config.vocab, 24);
+  EXPECT_LT(
+      relative_rms(all_logits(rounded, *backend_, tokens, 24), all_logits(original, *backend_, tokens, 24)),
+      0.06);
+}
+
 constexpr DType kLineTypes[] = {DType::int8, DType::int4};
 
 SparsifyOptions quantised_to(DType t, double sparsity) {

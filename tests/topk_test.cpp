@@ -102,6 +102,38 @@ TEST(Topk, MatchesSort) {
   }
 }
 
+/// What was kept and what was dropped are the row, each with zeros where the other is.
+TEST(Expand, KeptAndDroppedAreTheRow) {
+  Random random(13);
+  for (const int64_t n : {1, 15, 257, 4099}) {
+    const Rows x = Rows(3, n).fill(random);
+    x.mat.row(1)[n / 2] = kNan;
+    each_backend([&](Backend& backend, const std::string& name) {
+      const auto kept = backend.make_selection(3, n);
+      for (const int64_t rows : {1, 3}) {
+        for (const int64_t keep : keeps(n)) {
+          const Rows taken(rows, n), left(rows, n), alias(x);
+          const Mat from = x.mat.slice(3 - rows, rows), in_place = alias.mat.slice(3 - rows, rows);
+          backend.topk(from, nullptr, keep, *kept);
+          backend.expand(*kept, taken.mat);
+          backend.expand_dropped(*kept, from, left.mat);
+          backend.expand_dropped(*kept, in_place, in_place);
+          EXPECT_TRUE(left.gaps_intact());
+          EXPECT_EQ(bits_differ(in_place, left.mat), 0);
+          int64_t wrong = 0;
+          for (int64_t t = 0; t < rows; ++t) {
+            for (int64_t i = 0; i < n; ++i) {
+              const float k = taken.at(t, i), d = left.at(t, i), whole = from.row(t)[i];
+              wrong += !(k == 0 || d == 0) || !(k + d == whole || std::isnan(whole));
+            }
+          }
+          EXPECT_EQ(wrong, 0) << name << " n " << n << " rows " << rows << " keep " << keep;
+        }
+      }
+    });
+  }
+}
+
 TEST(Threshold, MatchesDefinition) {
   Random random(12);
   for (const int64_t n : {1, 15, 257, 4099}) {

@@ -1,6 +1,7 @@
 // larosa sparsify: calibrate, choose, fold, write.
 #include "calib/sparsify.h"
 #include "calib/planner.h"
+#include "model/model.h"
 
 #include <algorithm>
 #include <filesystem>
@@ -136,7 +137,7 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
   if (std::none_of(plan.layers.begin(), plan.layers.end(), adapts) &&
       app.get_option("--adapter-weights")->count() > 0)
     fail("--adapter-weights: method ", f.method, " in this form has no adapters");
-  if (!thins(plan.layers[0])) {
+  if (plan.layers[0] == trained_layer(load_config(f.model))) {
     for (const char* option : {"--sparsity", "--score", "--site-scale", "--allocation"}) refuse(option);
   }
 }

@@ -121,6 +121,15 @@ class Backend {
   /// y = the rows with zeros where nothing was kept.           y (T, D)
   virtual void expand(const Selection& kept, Mat y) = 0;
 
+  /// The complement: y = x with zeros where something was kept.   x, y (T, D), x what `kept` was chosen from;
+  /// may alias
+  virtual void expand_dropped(const Selection& kept, Mat x, Mat y) = 0;
+
+  /// The outputs of a product whose entries in `kept` (T, N) are not zero: there y as matmul gives it, bit
+  /// for bit; zero elsewhere. With T = 1 and weights in `rows` layout the other outputs' weights are not
+  /// read. x (T, D); product without accumulate; x aliases not y
+  virtual void matmul_outputs(Mat x, const Selection& kept, const Product& product) = 0;
+
   /// Number of kept entries, all rows together.
   virtual int64_t count(const Selection& kept) = 0;
 
@@ -136,8 +145,12 @@ class Backend {
   virtual void attend(Mat q, Mat k, Mat v, KvCache& cache, int64_t layer, int64_t pos, int64_t window,
                       Mat out) = 0;
 
-  /// mid = SiLU(gate) · up, SiLU(z) = z / (1 + e^−z).          all (T, D); mid may alias gate or up
-  virtual void glu(Mat gate, Mat up, Mat mid) = 0;
+  /// y = a(z).                                                 z, y (T, D), may alias
+  virtual void activate(Mat z, const Activation& activation, Mat y) = 0;
+
+  /// mid = a(gate) · up (dReLU: · max(0, up)), a as `activate` computes it.   all (T, D); mid may alias gate
+  /// or up
+  virtual void glu(Mat gate, Mat up, const Activation& activation, Mat mid) = 0;
 
   /// Every row to log-probabilities: x[t,i] −= log Σ_j e^{x[t,j]}.   x (T, V), in place
   virtual void log_softmax(Mat x) = 0;

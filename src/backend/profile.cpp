@@ -95,6 +95,16 @@ class ProfiledBackend final : public Backend {
   void expand(const Selection& kept, Mat y) override {
     time("expand", {}, 0, [&] { inner_.expand(kept, y); });
   }
+  void expand_dropped(const Selection& kept, Mat x, Mat y) override {
+    time("expand_dropped", {}, 0, [&] { inner_.expand_dropped(kept, x, y); });
+  }
+  void matmul_outputs(Mat x, const Selection& kept, const Product& product) override {
+    const Weight& w = product.weight;
+    const bool skips = x.rows == 1 && w.layout == Layout::rows;
+    const int64_t outputs = skips ? inner_.count(kept) : w.out;
+    const int64_t bytes = w.bytes() * outputs / w.out + float_bytes(w.bias, outputs);
+    time("matmul_outputs", {w.data}, bytes, [&] { inner_.matmul_outputs(x, kept, product); });
+  }
   void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) override {
     time("rope", {}, float_bytes(inv_freq, head_dim / 2),
          [&] { inner_.rope(q, k, head_dim, pos, inv_freq); });
@@ -107,8 +117,11 @@ class ProfiledBackend final : public Backend {
     time("attend", {}, (end - first) * position->second,
          [&] { inner_.attend(q, k, v, cache, layer, pos, window, out); });
   }
-  void glu(Mat gate, Mat up, Mat mid) override {
-    time("glu", {}, 0, [&] { inner_.glu(gate, up, mid); });
+  void activate(Mat z, const Activation& activation, Mat y) override {
+    time("activate", {}, 0, [&] { inner_.activate(z, activation, y); });
+  }
+  void glu(Mat gate, Mat up, const Activation& activation, Mat mid) override {
+    time("glu", {}, 0, [&] { inner_.glu(gate, up, activation, mid); });
   }
   void log_softmax(Mat x) override {
     time("log_softmax", {}, 0, [&] { inner_.log_softmax(x); });

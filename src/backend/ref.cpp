@@ -29,6 +29,8 @@ class RefSelection final : public Selection {
     ++kept;
   }
 
+  float at(int64_t t, int64_t i) const { return values[static_cast<size_t>(t * cols + i)]; }
+
   int64_t rows = 0, cols = 0, kept = 0;
   std::vector<float> values;  // (rows, cols), zero where dropped
 };
@@ -74,6 +76,20 @@ class RefKvCache final : public KvCache {
   KvShape shape;
   std::vector<std::vector<double>> keys, values;  // per layer (positions, G, E)
 };
+
+double activated(double z, const Activation& activation) {
+  switch (activation.kind) {
+    case Activation::silu:
+      return z / (1 + std::exp(-z));
+    case Activation::relu:
+      return z <= double{activation.threshold} ? 0 : z;
+    case Activation::relu2:
+      return z <= 0 ? 0 : z * z;
+    case Activation::drelu:
+      return z <= 0 ? 0 : z;
+  }
+  return 0;
+}
 
 /// |x| · scale in float32, as every backend computes it; NaN becomes larger than infinity.
 double score(float x, const float* scale, int64_t i) {
@@ -167,6 +183,25 @@ class RefBackend final : public Backend {
     for (int64_t t = 0; t < y.rows; ++t) std::copy_n(&selection.values[size_t(t * y.cols)], y.cols, y.row(t));
   }
 
+  void expand_dropped(const Selection& kept, Mat x, Mat y) override {
+    const RefSelection& selection = static_cast<const RefSelection&>(kept);
+    CHECK(selection.rows == y.rows && selection.cols == y.cols && x.rows == y.rows && x.cols == y.cols);
+    for (int64_t t = 0; t < y.rows; ++t) {
+      for (int64_t i = 0; i < y.cols; ++i) y.row(t)[i] = selection.at(t, i) != 0 ? 0 : x.row(t)[i];
+    }
+  }
+
+  void matmul_outputs(Mat x, const Selection& kept, const Product& p) override {
+    const RefSelection& selection = static_cast<const RefSelection&>(kept);
+    CHECK(selection.rows == p.y.rows && selection.cols == p.y.cols && !p.accumulate);
+    product(x, p);
+    for (int64_t t = 0; t < p.y.rows; ++t) {
+      for (int64_t j = 0; j < p.y.cols; ++j) {
+        if (selection.at(t, j) == 0) p.y.row(t)[j] = 0;
+      }
+    }
+  }
+
   int64_t count(const Selection& kept) override { return static_cast<const RefSelection&>(kept).kept; }
 
   void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) override {
@@ -218,11 +253,19 @@ class RefBackend final : public Backend {
     }
   }
 
-  void glu(Mat gate, Mat up, Mat mid) override {
+  void activate(Mat z, const Activation& activation, Mat y) override {
+    for (int64_t t = 0; t < z.rows; ++t) {
+      for (int64_t i = 0; i < z.cols; ++i)
+        y.row(t)[i] = static_cast<float>(activated(z.row(t)[i], activation));
+    }
+  }
+
+  void glu(Mat gate, Mat up, const Activation& activation, Mat mid) override {
+    const bool both = activation.kind == Activation::drelu;
     for (int64_t t = 0; t < gate.rows; ++t) {
       for (int64_t i = 0; i < gate.cols; ++i) {
-        const double z = gate.row(t)[i];
-        mid.row(t)[i] = static_cast<float>(z / (1 + std::exp(-z)) * up.row(t)[i]);
+        const double u = up.row(t)[i];
+        mid.row(t)[i] = static_cast<float>(activated(gate.row(t)[i], activation) * (both && u <= 0 ? 0 : u));
       }
     }
   }

@@ -49,6 +49,23 @@ constexpr DType companion(DType t) {
   return quantised(t) ? DType::int8 : t;
 }
 
+/// What a gated feed-forward makes of gate z and up u: a(z) · u. `relu` with a threshold is FATReLU
+/// (ProSparse, arXiv 2402.13516). A NaN stays one.
+struct Activation {
+  enum Kind {
+    silu,   // z / (1 + e^−z)
+    relu,   // z above the threshold, else 0
+    relu2,  // max(0, z)²
+    drelu   // max(0, z), and u becomes max(0, u): TurboSparse, arXiv 2406.05955
+  };
+  Kind kind = silu;
+  float threshold = 0;  // ≥ 0, of relu
+
+  /// a(z) is exactly zero for many z: these neurons need neither up nor down.
+  bool rests() const { return kind != silu; }
+  bool operator==(const Activation&) const = default;
+};
+
 /// A view of float32 rows in backend memory. // (rows, cols), rows `stride` elements apart
 struct Mat {
   float* data = nullptr;

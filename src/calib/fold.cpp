@@ -127,6 +127,11 @@ class LayerFolder {
   void matrix(const std::string& name, const Matrix& m, DType dtype) {
     emit_(stored_tensor(prefix_ + name, m, dtype, pool_));
   }
+  /// A projection (in, out) as the plan's layer stores it.
+  void projection(Projection p, const Matrix& m, DType dtype) {
+    const bool by_channels = stored_layout(job_.plan, p, quantised(dtype)) == Layout::channels;
+    matrix(projection_name(p), by_channels ? m : transposed(m), dtype);
+  }
 
   void adapter(const std::string& name, const Matrix& from, const Matrix& to) {
     Matrix change = multiply_transposed(from, to, pool_);
@@ -168,7 +173,7 @@ class LayerFolder {
     if (!folded_) {
       // Weights with the gain merged are stored wide: simulate shows a choice without storage rounding.
       const DType as_it_is = reads_stream && merges_gain_ ? DType::f32 : source.dtype;
-      matrix(projection_name(p), m, job_.types.weights.value_or(as_it_is));
+      projection(p, m, job_.types.weights.value_or(as_it_is));
       if (source.bias) vector(std::string(projection_name(p)) + ".bias", source.bias, source.out);
     }
     turn_inputs(site, m);
@@ -179,7 +184,7 @@ class LayerFolder {
     }
     if (!folded_) return;
     turn_outputs(p, m);
-    matrix(projection_name(p), m, job_.types.weights.value_or(source.dtype));
+    projection(p, m, job_.types.weights.value_or(source.dtype));
     if (source.bias) {
       Matrix bias(1, source.out);
       std::copy_n(source.bias, source.out, bias.row(0));

@@ -58,7 +58,12 @@ class Tile {
         to_(to) {
     for (int64_t i = 0; i < n_; ++i) {
       float* row = values_.data() + i * width_;
-      read_line(weight.line(channel(i)), weight.dtype, out_, first_, width_, row);
+      if (weight.layout == Layout::channels) {
+        read_line(weight.line(channel(i)), weight.dtype, out_, first_, width_, row);
+      } else {
+        for (int64_t j = 0; j < width_; ++j)
+          row[j] = load_element(weight.line(first_ + j), weight.dtype, channel(i));
+      }
       for (int64_t j = 0; j < width_; ++j)
         if (!std::isfinite(row[j]))
           fail("tensor ", to.name, ": holds ", row[j], ", which cannot be quantised");
@@ -136,7 +141,8 @@ RoundingFactor rounding_factor(Matrix&& moments, double damping) {
 
 FoldedTensor round_by_moments(const std::string& name, const Weight& weight, DType dtype,
                               const RoundingFactor& factor, ThreadPool& pool) {
-  CHECK(quantised(dtype) && weight.layout == Layout::channels && int64_t(factor.order.size()) == weight.in);
+  CHECK(quantised(dtype) && (weight.layout == Layout::channels || !quantised(weight.dtype)));
+  CHECK(int64_t(factor.order.size()) == weight.in);
   const SafetensorsWriter::Entry entry = stored_entry(name, dtype, weight.in, weight.out);
   FoldedTensor tensor{name, entry.dtype, entry.shape, {}};
   tensor.bytes.resize(static_cast<size_t>(weight.in * line_bytes(dtype, weight.out)));  // zeros: padding

@@ -28,8 +28,9 @@ struct RoundingFactor {
 /// Memory: 12 bytes per entry of the matrix. Throws Error when the moments are not finite.
 RoundingFactor rounding_factor(Matrix&& moments, double damping);
 
-/// Rounds a projection's (in, out) weight to lines of `dtype` so that tr(Δᵀ H Δ) of the rounding error Δ is
-/// small, H the moments behind `factor`. Throws Error naming the tensor when a value is not finite.
+/// Rounds a projection's weight, channels or rows, to lines of `dtype` so that tr(Δᵀ H Δ) of the rounding
+/// error Δ is small, H the moments behind `factor`. Throws Error naming the tensor when a value is not
+/// finite.
 FoldedTensor round_by_moments(const std::string& name, const Weight& weight, DType dtype,
                               const RoundingFactor& factor, ThreadPool& pool);
 

@@ -45,6 +45,14 @@ Matrix multiply_transposed(const Matrix& a, const Matrix& b, ThreadPool& pool) {
   return tiled_product(CblasTrans, a, b, pool);
 }
 
+Matrix transposed(const Matrix& a) {
+  Matrix t(a.cols, a.rows);
+  for (int64_t i = 0; i < a.rows; ++i) {
+    for (int64_t j = 0; j < a.cols; ++j) t.row(j)[i] = a.row(i)[j];
+  }
+  return t;
+}
+
 void add_second_moment(const Matrix& x, Matrix& h, ThreadPool& pool) {
   const int64_t d = x.cols;
   openblas_set_num_threads(1);

@@ -31,6 +31,8 @@ struct Matrix {
 Matrix multiply(const Matrix& a, const Matrix& b, ThreadPool& pool);
 /// Aᵀ B.      A (K, M), B (K, N)
 Matrix multiply_transposed(const Matrix& a, const Matrix& b, ThreadPool& pool);
+/// Aᵀ.
+Matrix transposed(const Matrix& a);
 /// H += Xᵀ X, upper triangle only.     X (T, D), H (D, D)
 void add_second_moment(const Matrix& x, Matrix& h, ThreadPool& pool);
 

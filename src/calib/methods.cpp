@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "base/error.h"
+#include "model/model.h"
 
 namespace larosa {
 
@@ -85,7 +86,10 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
   const Levels levels = uniform_levels(config, choice.sparsity, choice.site_scale);
   for (int64_t l = 0; l < config.layers; ++l)
     plan.layers.push_back(plan_layer(method, {config, choice, l, levels}));
-  if (!thins(plan.layers[0])) return plan;
+  if (plan.layers[0] == trained_layer(config)) return plan;
+  if (config.sparse_ratio > 0)
+    fail("--method ", method.name,
+         ": the model was trained to select its inputs itself (sparse_ratio), expected dense");
   plan.sparsity = choice.sparsity;
   const Wants wants = method.wants(choice);
   if (wants.rotation)

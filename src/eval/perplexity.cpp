@@ -90,6 +90,8 @@ class Scorer {
         projections[site] += 1;
       }
     }
+    for (const LayerPlan& layer : model_.plan.layers)
+      read += static_cast<double>(low_rank_weights(layer, shape));
     result.reached = 1 - read / all;
     for (size_t s = 0; s < kept.size(); ++s) result.reached_sites[s] = 1 - kept[s] / projections[s];
   }

@@ -8,7 +8,8 @@
 namespace larosa {
 namespace {
 
-constexpr std::array<const Architecture*, 4> kArchitectures = {&kLlama, &kMistral, &kQwen2, &kQwen3};
+constexpr std::array<const Architecture*, 6> kArchitectures = {&kLlama, &kMistral,     &kQwen2,
+                                                               &kQwen3, &kSparseLlama, &kBamboo};
 
 }  // namespace
 

@@ -60,8 +60,6 @@ void refuse_unknown_arithmetic(const Fields& fields) {
     const json* value = fields.find(neutral.field);
     if (value && *value != neutral.value) fields.refuse(neutral.field, "which is not implemented");
   }
-  const auto activation = fields.find_text("hidden_act");
-  if (activation && *activation != "silu") fields.refuse("hidden_act", "only \"silu\" is implemented");
 }
 
 void check_class(const Fields& fields, const Architecture& architecture) {
@@ -106,6 +104,35 @@ void read_rope(const Fields& fields, ModelConfig& config) {
       rope->refuse("factor", "which needs a rope_type");
     }
   }
+}
+
+/// hidden_act as transformers names it, and fatrelu with hidden_act_param, its threshold (ProSparse).
+Activation read_activation(const Fields& fields) {
+  constexpr std::pair<const char*, Activation::Kind> kNames[] = {{"silu", Activation::silu},
+                                                                 {"relu", Activation::relu},
+                                                                 {"fatrelu", Activation::relu},
+                                                                 {"relu2", Activation::relu2}};
+  const std::string name = fields.find_text("hidden_act").value_or("silu");
+  for (const auto& [known, kind] : kNames) {
+    if (name != known) continue;
+    const double threshold = name == "fatrelu" ? fields.number("hidden_act_param", 0, 1e6) : 0;
+    return {kind, static_cast<float>(threshold)};
+  }
+  fields.refuse("hidden_act", "implemented are silu, relu, relu2 and fatrelu");
+}
+
+/// Q-Sparse (arXiv 2407.10969): `sparse_ratio`, the name and the rounding of its authors' code
+/// (github.com/ustcwhy/Q-Sparse); not positive: dense. That code has no rescale after the selection.
+double read_sparse_ratio(const Fields& fields, const ModelConfig& config) {
+  constexpr double kMost = 0.99;
+  const double ratio = fields.find_number("sparse_ratio", -1e9, kMost).value_or(0);
+  if (ratio <= 0) return 0;
+  ModelConfig thinned = config;
+  thinned.sparse_ratio = ratio;
+  if (std::min({thinned.trained_keep(config.dim), thinned.trained_keep(config.q_dim()),
+                thinned.trained_keep(config.ffn)}) < 1)
+    fields.refuse("sparse_ratio", "which keeps nothing");
+  return ratio;
 }
 
 /// One id, a list of ids, or none.
@@ -174,6 +201,8 @@ void read_common(const Fields& fields, const FamilyDefaults& defaults, ModelConf
 
   config.context = fields.find_integer("max_position_embeddings", 1, kMaxContext).value_or(defaults.context);
   config.norm_eps = static_cast<float>(fields.find_number("rms_norm_eps", 1e-30, 0.0999).value_or(1e-6));
+  config.activation = read_activation(fields);
+  config.sparse_ratio = read_sparse_ratio(fields, config);
   read_rope(fields, config);
   config.tied = fields.boolean_or("tie_word_embeddings", false);
   config.bos = read_ids(fields, "bos_token_id", defaults.bos, config.vocab);

@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "base/types.h"
 #include "plan/projection.h"
 
 namespace larosa {
@@ -28,6 +29,8 @@ struct ModelConfig {
   int64_t vocab = 0;
   int64_t context = 0;  // longest timeline the model was made for, tokens
   float norm_eps = 1e-5f;
+  Activation activation;    // of the feed-forward
+  double sparse_ratio = 0;  // Q-Sparse: trained with this share of every projection's inputs set to zero
   double rope_theta = 10000;
   std::optional<Llama3Rope> rope_scaling;
   bool tied = false;         // lm_head is the embedding
@@ -41,6 +44,10 @@ struct ModelConfig {
 
   int64_t q_dim() const { return heads * head_dim; }
   int64_t kv_dim() const { return kv_heads * head_dim; }
+  /// Entries of n that a Q-Sparse model keeps.
+  int64_t trained_keep(int64_t n) const {
+    return static_cast<int64_t>((1 - sparse_ratio) * static_cast<double>(n));
+  }
   /// Window of layer l, 0: none.
   int64_t window_of(int64_t l) const { return l >= window_from ? window : 0; }
   /// Rotary frequencies, (head_dim / 2): theta^(−2i/E), with rope_scaling applied as transformers does.
@@ -49,7 +56,7 @@ struct ModelConfig {
 
 /// Reads `dir`/config.json (and the eos ids of generation_config.json where present). Throws Error naming the
 /// file and the field for an unknown model_type, an impossible number, and for everything that would change
-/// the arithmetic and is not implemented (rope_scaling types, quantization_config, activation, mlp_bias …).
+/// the arithmetic and is not implemented (rope_scaling types, quantization_config, activations, mlp_bias …).
 ModelConfig load_config(const std::string& dir);
 /// The same from a parsed config.json; `source` is its name in messages. No generation_config.
 ModelConfig parse_config(const nlohmann::json& json, const std::string& source);

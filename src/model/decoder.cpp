@@ -44,6 +44,48 @@ void Decoder::embed(const OuterWeights& outer, std::span<const int32_t> tokens, 
   backend_.embed(outer.embed, tokens, x);
 }
 
+void Decoder::select(const Rule& rule, const float* scale, Mat entries) {
+  if (rule.select == Select::topk) {
+    backend_.topk(entries, scale, rule.keep, *kept_);
+  } else {
+    backend_.threshold(entries, scale, rule.cut, *kept_);
+  }
+}
+
+/// What the group's rule has dropped, through its low-rank products.
+void Decoder::add_low_rank(const Step& step, size_t group, Mat entries) {
+  const Group& plan = step.layer.plan.groups[group];
+  const Mat dropped(turned_.data, entries.rows, entries.cols), low(back_.data, entries.rows, plan.rank);
+  backend_.expand_dropped(*kept_, entries, dropped);
+  for (size_t i = 0; i < plan.projections.size(); ++i) {
+    const LowRank& weights = step.layer.groups[group].low[i];
+    const Product in{weights.in, low, false};
+    const Product out{weights.out, step.out[static_cast<size_t>(plan.projections[i])], true};
+    backend_.matmul(dropped, std::span(&in, 1));
+    backend_.matmul(low, std::span(&out, 1));
+  }
+}
+
+/// `up` for the neurons that the layer's rule keeps, zero for the others; entries: what up reads.
+void Decoder::choose_neurons(const Step& step, Mat entries) {
+  const Rule& rule = step.layer.plan.neurons;
+  const bool chosen = rule.select != Select::all && !step.pass.dense;
+  if (!chosen && !step.pass.observer) return;
+  const Mat gate = step.out[static_cast<size_t>(Projection::gate)];
+  const Mat a(turned_.data, gate.rows, gate.cols);
+  backend_.activate(gate, config_.activation, a);
+  if (step.pass.observer) step.pass.observer->see_neurons(a);
+  if (!chosen) return;
+  select(rule, nullptr, a);
+  const Product product{step.layer.weights[Projection::up], step.out[static_cast<size_t>(Projection::up)],
+                        false};
+  backend_.matmul_outputs(entries, *kept_, product);
+  if (!step.pass.tally) return;
+  // Of `up` the same share of its weights as channels that were read.
+  step.pass.tally->kept[static_cast<size_t>(step.index)][static_cast<size_t>(Projection::up)] +=
+      backend_.count(*kept_) * entries.cols / a.cols;
+}
+
 /// The interpreter of the plan: every group of projections that reads `site`, thinned by its rule.
 void Decoder::apply(const Step& step, Site site, Mat entries) {
   if (step.pass.observer) {
@@ -53,10 +95,13 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
   const auto observe = [&](size_t group, Mat read) {
     if (step.pass.observer) step.pass.observer->read(group, read);
   };
+  const bool chosen = step.layer.plan.neurons.select != Select::all && !step.pass.dense;
   const auto count = [&](const Group& group, int64_t kept) {
     if (!step.pass.tally) return;
-    for (const Projection p : group.projections)
+    for (const Projection p : group.projections) {
+      if (chosen && p == Projection::up) continue;  // choose_neurons
       step.pass.tally->kept[static_cast<size_t>(step.index)][static_cast<size_t>(p)] += kept;
+    }
   };
   const Layer& layer = step.layer;
   for (size_t g = 0; g < layer.plan.groups.size(); ++g) {
@@ -65,15 +110,16 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
     std::array<Product, 7> storage;
     size_t n = 0;
     for (Projection p : group.projections) {
+      if (chosen && p == Projection::up) continue;  // choose_neurons
       const bool residual = p == Projection::wo || p == Projection::down;
       storage[n++] = {layer.weights[p], step.out[static_cast<size_t>(p)], residual};
     }
     const std::span<const Product> products(storage.data(), n);
     const Rule& rule = group.rule;
-    if (step.pass.dense || rule.select == Select::all) {
+    if ((step.pass.dense && !rule.trained) || rule.select == Select::all) {
       observe(g, entries);
       count(group, entries.rows * entries.cols);
-      backend_.matmul(entries, products);
+      if (n > 0) backend_.matmul(entries, products);
       continue;
     }
     Mat vector = entries;
@@ -82,11 +128,7 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
       backend_.rotate(entries, layer.groups[g].basis, turned);
       vector = turned;
     }
-    if (rule.select == Select::topk) {
-      backend_.topk(vector, layer.groups[g].scale, rule.keep, *kept_);
-    } else {
-      backend_.threshold(vector, layer.groups[g].scale, rule.cut, *kept_);
-    }
+    select(rule, layer.groups[g].scale, vector);
     if (step.pass.tally) count(group, backend_.count(*kept_));
     if (!rule.rotated) {
       if (step.pass.observer) {
@@ -94,6 +136,7 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
         observe(g, turned);
       }
       backend_.sparse_matmul(*kept_, products);
+      if (group.rank > 0) add_low_rank(step, g, entries);
       continue;
     }
     const Mat back(back_.data, entries.rows, entries.cols);
@@ -133,7 +176,8 @@ Mat Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t ca
   step.stream = last;
   backend_.rms_norm(last, w.norm_mlp, config_.norm_eps, h);
   apply(step, Site::h3, h);
-  backend_.glu(gate, up, mid);
+  choose_neurons(step, h);
+  backend_.glu(gate, up, config_.activation, mid);
   apply(step, Site::h4, mid);
   return last;
 }

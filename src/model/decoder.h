@@ -20,6 +20,8 @@ class Observer {
   /// entries (T, D): the vector that the site's projections read. stream (T, dim): the residual stream it was
   /// normalised from, for h1 and h3; empty for h2 and h4.
   virtual void see(Site site, Mat entries, Mat stream) = 0;
+  /// a (T, F): a(gate) of every neuron, before some of them are chosen.
+  virtual void see_neurons(Mat a) { (void)a; }
   /// entries (T, D): the same as the layer's group `group` reads it, with zeros where it was thinned.
   virtual void read(size_t group, Mat entries) {
     (void)group;
@@ -35,7 +37,7 @@ struct Tally {
 
 /// How rows are treated.
 struct Pass {
-  bool dense = false;  // read every channel whatever the plan says
+  bool dense = false;  // read every channel whatever the plan says, but for what the model was trained with
   Observer* observer = nullptr;
   Tally* tally = nullptr;  // counts what was kept; not with dense
 };
@@ -74,6 +76,9 @@ class Decoder {
  private:
   struct Step;
   void apply(const Step& step, Site site, Mat entries);
+  void select(const Rule& rule, const float* scale, Mat entries);
+  void add_low_rank(const Step& step, size_t group, Mat entries);
+  void choose_neurons(const Step& step, Mat entries);
 
   const ModelConfig& config_;
   Backend& backend_;

@@ -94,7 +94,7 @@ Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config,
   for (Projection p : kProjections) {
     const std::string name = layer_name(l, projection_name(p));
     w[p] = stored_weight(checkpoint, name, projection_in(config, p), projection_out(config, p),
-                         Layout::channels);
+                         stored_layout(plan, p, checkpoint.find_bytes(name).has_value()));
     const bool biased = (site_of(p) == Site::h1 && config.bias_qkv) || (p == Projection::wo && config.bias_o);
     if (biased) w[p].bias = stored_vector(checkpoint, name + ".bias", w[p].out, w.owned);
   }
@@ -113,6 +113,13 @@ Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config,
     if (group.rule.scaled) data.scale = stored_vector(checkpoint, name + ".scale", width, w.owned);
     if (group.rule.rotated)
       data.basis = plain_weight(checkpoint, name + ".basis", width, width, Layout::channels);
+    for (const Projection p : group.projections) {
+      if (group.rank == 0) break;
+      const std::string low = layer_name(l, projection_name(p)) + ".low_";
+      data.low.push_back(
+          {stored_weight(checkpoint, low + "in", width, group.rank, Layout::channels),
+           stored_weight(checkpoint, low + "out", group.rank, projection_out(config, p), Layout::channels)});
+    }
     layer.groups.push_back(data);
   }
   return layer;
@@ -145,17 +152,41 @@ Model load_model(const std::string& dir) {
     load_stored(model, dir);
     return model;
   }
+  const LayerPlan plan = trained_layer(model.config);
   model.plan.method = "dense";
   model.plan.form = "folded";
   model.outer = load_outer(*model.checkpoint, model.config);
   for (int64_t l = 0; l < model.config.layers; ++l) {
     Layer layer;
+    layer.plan = plan;
     layer.weights = load_layer(*model.checkpoint, model.config, l);
     layer.groups.resize(layer.plan.groups.size());
     model.plan.layers.push_back(layer.plan);
     model.layers.push_back(std::move(layer));
   }
   return model;
+}
+
+LayerPlan trained_layer(const ModelConfig& config) {
+  LayerPlan layer = dense_layer();
+  if (config.activation.rests()) layer.neurons.select = Select::threshold;
+  for (Group& group : layer.groups) {
+    const bool reads_neurons = group.projections[0] == Projection::down;
+    if (config.sparse_ratio > 0) {
+      group.rule.select = Select::topk;
+      group.rule.keep = config.trained_keep(projection_in(config, group.projections[0]));
+      group.rule.trained = true;
+    } else if (reads_neurons && config.activation.rests()) {
+      group.rule.select = Select::threshold;
+    }
+  }
+  if (config.sparse_ratio > 0) layer.neurons = {};  // up reads a thinned input
+  return layer;
+}
+
+Layout stored_layout(const LayerPlan& plan, Projection p, bool quantised) {
+  const bool by_outputs = p == Projection::up && plan.neurons.select != Select::all && !quantised;
+  return by_outputs ? Layout::rows : Layout::channels;
 }
 
 const Weight* find_quantised(const Model& model, const Tensor& tensor) {
@@ -167,6 +198,12 @@ const Weight* find_quantised(const Model& model, const Tensor& tensor) {
       if (same(w)) return &w;
     for (const Adapter* adapter : {&layer.middle, &layer.adapter})
       if (same(adapter->weight)) return &adapter->weight;
+    for (const GroupData& group : layer.groups) {
+      for (const LowRank& low : group.low) {
+        if (same(low.in)) return &low.in;
+        if (same(low.out)) return &low.out;
+      }
+    }
   }
   return nullptr;
 }
@@ -220,6 +257,10 @@ void place(Model& model, Backend& backend) {
     for (size_t g = 0; g < layer.groups.size(); ++g) {
       vector(layer.groups[g].scale, layer.weights[layer.plan.groups[g].projections[0]].in);
       weight(layer.groups[g].basis);
+      for (LowRank& low : layer.groups[g].low) {
+        weight(low.in);
+        weight(low.out);
+      }
     }
     for (Adapter* adapter : {&layer.middle, &layer.adapter}) {
       weight(adapter->weight);
@@ -241,6 +282,19 @@ PlanShape plan_shape(const ModelConfig& config) {
   return shape;
 }
 
+namespace {
+
+/// Bytes of a projection that a token reads; thresholds by what is expected of them, where that is known.
+int64_t projection_bytes(const LayerPlan& plan, const Rule& rule, Projection p, const Weight& w) {
+  if (rule.select != Select::all && rule.keep > 0 && !rule.rotated) return rule.keep * w.line_bytes();
+  const int64_t neurons = plan.neurons.select != Select::all ? plan.neurons.keep : 0;
+  const bool by_neurons = (p == Projection::up && w.layout == Layout::rows) ||
+                          (p == Projection::down && rule.select == Select::threshold);
+  return neurons > 0 && by_neurons ? neurons * w.line_bytes() : w.bytes();
+}
+
+}  // namespace
+
 TokenBytes token_bytes(const Model& model, DType kv) {
   const ModelConfig& c = model.config;
   TokenBytes bytes;
@@ -250,12 +304,12 @@ TokenBytes token_bytes(const Model& model, DType kv) {
       for (Projection p : group.projections) {
         const Weight& w = layer.weights[p];
         bytes.projections_dense += w.bytes();
-        const bool thinned = group.rule.select != Select::all && group.rule.keep > 0 && !group.rule.rotated;
-        bytes.projections += thinned ? group.rule.keep * w.line_bytes() : w.bytes();
+        bytes.projections += projection_bytes(layer.plan, group.rule, p, w);
         if (w.bias) bytes.outer += w.out * 4;
       }
       if (group.rule.scaled) bytes.thinning += layer.weights[group.projections[0]].in * 4;
       if (group.rule.rotated) bytes.thinning += 2 * layer.groups[g].basis.bytes();
+      for (const LowRank& low : layer.groups[g].low) bytes.low_rank += low.in.bytes() + low.out.bytes();
     }
     bytes.adapters += layer.middle.bytes() + layer.adapter.bytes();
     bytes.outer += (layer.weights.norm_attn ? c.dim * 4 : 0) + (layer.weights.norm_mlp ? c.dim * 4 : 0) +
@@ -277,6 +331,9 @@ int64_t model_bytes(const Model& model) {
   for (const Layer& layer : model.layers) {
     for (const Weight& w : layer.weights.projection) total += w.bytes();
     total += layer.middle.bytes() + layer.adapter.bytes();
+    for (const GroupData& group : layer.groups) {
+      for (const LowRank& low : group.low) total += low.in.bytes() + low.out.bytes();
+    }
   }
   return total;
 }

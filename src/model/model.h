@@ -18,10 +18,17 @@
 
 namespace larosa {
 
+/// The product that a projection's dropped entries go through.
+struct LowRank {
+  Weight in;   // (D, rank) channels
+  Weight out;  // (rank, N) channels
+};
+
 /// What a group's rule needs besides numbers; null or empty where the rule does not ask for it.
 struct GroupData {
   const float* scale = nullptr;  // (D) score weights
   Weight basis;                  // (D, D) channels: h B
+  std::vector<LowRank> low;      // beside the group's projections
 };
 
 /// Channels of the stream that a quantised adapter keeps in float32. Leading principal components are so
@@ -62,8 +69,17 @@ class Backend;
 /// there. Nothing moves where the backend works in host memory. The backend must outlive the model.
 void place(Model& model, Backend& backend);
 
+/// How a layer of this shape is read as it was trained: whole but for what is exactly zero (the neurons of
+/// ReLU and its kin at rest, and what `down` would multiply with them), or by its own Top-K (Q-Sparse). The
+/// result is the dense one bit for bit.
+LayerPlan trained_layer(const ModelConfig& config);
+
 /// Loads `dir`. Throws Error for everything that load_config, Checkpoint, load_layer and validate refuse.
 Model load_model(const std::string& dir);
+
+/// How sparsify stores a projection: by channels, but `up` by outputs where a plan chooses neurons (rows
+/// layout; quantised lines are always channels).
+Layout stored_layout(const LayerPlan& plan, Projection p, bool quantised);
 
 /// Layer l of a file that sparsify wrote, and what surrounds the layers. The checkpoint must outlive them.
 Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config, const LayerPlan& plan,
@@ -87,6 +103,7 @@ struct TokenBytes {
   int64_t projections = 0;        // kept channels of the seven projections, all layers; thresholds: expected
   int64_t projections_dense = 0;  // the same with every channel kept
   int64_t adapters = 0;
+  int64_t low_rank = 0;         // products of dropped entries
   int64_t thinning = 0;         // score weights and run-time bases
   int64_t outer = 0;            // head, norms, biases, one embedding row
   int64_t kv_per_position = 0;  // keys and values of one earlier token, all layers
@@ -94,7 +111,7 @@ struct TokenBytes {
   int64_t window = 0;           // its length, tokens; 0: none
 
   int64_t sparse(int64_t positions = 0) const {
-    return projections + adapters + thinning + outer + kv(positions);
+    return projections + low_rank + adapters + thinning + outer + kv(positions);
   }
   /// The model as it came: every channel, no adapter, no score weights.
   int64_t dense(int64_t positions = 0) const { return projections_dense + outer + kv(positions); }

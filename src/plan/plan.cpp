@@ -16,6 +16,7 @@ using nlohmann::json;
 
 constexpr const char* kSelectNames[] = {"all", "topk", "threshold"};
 constexpr int kVersion = 1;
+constexpr int64_t kMostRank = int64_t{1} << 32;
 
 json rule_to_json(const Rule& rule) {
   json j = {{"select", kSelectNames[static_cast<int>(rule.select)]}};
@@ -26,6 +27,7 @@ json rule_to_json(const Rule& rule) {
   }
   if (rule.scaled) j["scaled"] = true;
   if (rule.rotated) j["rotated"] = true;
+  if (rule.trained) j["trained"] = true;
   return j;
 }
 
@@ -42,6 +44,7 @@ Rule rule_from_json(const Fields& j) {
   }
   rule.scaled = j.boolean_or("scaled", false);
   rule.rotated = j.boolean_or("rotated", false);
+  rule.trained = j.boolean_or("trained", false);
   return rule;
 }
 
@@ -68,10 +71,12 @@ json layer_to_json(const LayerPlan& layer) {
     for (Projection p : group.projections) names.push_back(projection_name(p));
     json j = rule_to_json(group.rule);
     j["projections"] = names;
+    if (group.rank > 0) j["rank"] = group.rank;
     groups.push_back(j);
   }
   json j = {{"groups", groups}, {"adapter", layer.adapter}};
   if (layer.middle) j["middle"] = true;
+  if (layer.neurons.select != Select::all) j["neurons"] = rule_to_json(layer.neurons);
   return j;
 }
 
@@ -79,11 +84,14 @@ LayerPlan layer_from_json(const Fields& j, const std::string& where) {
   LayerPlan layer;
   for (const json& g : list(j, "groups")) {
     const Fields group(g, j.source(), where + "groups." + std::to_string(layer.groups.size()) + ".");
-    layer.groups.push_back({projections_from_json(group), rule_from_json(group)});
+    const int64_t rank = group.find_integer("rank", 1, kMostRank).value_or(0);
+    layer.groups.push_back({projections_from_json(group), rule_from_json(group), rank});
   }
   j.get("adapter");
   layer.adapter = j.boolean_or("adapter", false);
   layer.middle = j.boolean_or("middle", false);
+  if (const json* neurons = j.find("neurons"))
+    layer.neurons = rule_from_json(Fields(*neurons, j.source(), where + "neurons."));
   return layer;
 }
 
@@ -99,23 +107,56 @@ void validate_rule(const Rule& rule, int64_t dim, const std::string& where) {
   }
 }
 
+void validate_rank(const Group& group, const PlanShape& shape, const std::string& where) {
+  if (group.rank == 0) return;
+  if (group.rule.select == Select::all || group.rule.rotated)
+    fail(where, ": rank is ", group.rank, ", expected none where nothing is dropped or the rule is rotated");
+  for (Projection p : group.projections) {
+    const int64_t most = std::min(shape.site_dim[static_cast<size_t>(site_of(p))], outputs(shape, p));
+    if (group.rank < 0 || group.rank > most)
+      fail(where, ": rank is ", group.rank, ", expected 0 to ", most, " (", projection_name(p), ")");
+  }
+}
+
+void validate_neurons(const LayerPlan& layer, const PlanShape& shape, const std::string& where) {
+  const Rule& rule = layer.neurons;
+  if (rule.select == Select::all) return;
+  validate_rule(rule, shape.site_dim[static_cast<size_t>(Site::h4)], where + ": neurons");
+  if (rule.scaled || rule.rotated || rule.trained)
+    fail(where, ": neurons: are chosen by |a(gate)| alone, expected neither scaled, rotated nor trained");
+  for (const Group& group : layer.groups) {
+    const auto& all = group.projections;
+    const bool has_up = std::find(all.begin(), all.end(), Projection::up) != all.end();
+    if (has_up && group.rule.select != Select::all)
+      fail(where, ": up: select is ", kSelectNames[static_cast<int>(group.rule.select)],
+           ", expected all where neurons are chosen");
+  }
+}
+
 }  // namespace
 
 LayerPlan dense_layer() {
   using enum Projection;
-  return {{{{wq, wk, wv}, {}}, {{wo}, {}}, {{gate, up}, {}}, {{down}, {}}}};
-}
-
-bool thins(const LayerPlan& layer) {
-  return std::any_of(layer.groups.begin(), layer.groups.end(),
-                     [](const Group& group) { return group.rule.select != Select::all; });
+  LayerPlan layer;
+  layer.groups = {{{wq, wk, wv}, {}}, {{wo}, {}}, {{gate, up}, {}}, {{down}, {}}};
+  return layer;
 }
 
 bool varies(const Plan& plan) {
   return std::any_of(plan.layers.begin(), plan.layers.end(), [](const LayerPlan& layer) {
-    return std::any_of(layer.groups.begin(), layer.groups.end(),
+    return layer.neurons.select == Select::threshold ||
+           std::any_of(layer.groups.begin(), layer.groups.end(),
                        [](const Group& group) { return group.rule.select == Select::threshold; });
   });
+}
+
+int64_t low_rank_weights(const LayerPlan& layer, const PlanShape& shape) {
+  int64_t sum = 0;
+  for (const Group& group : layer.groups) {
+    for (Projection p : group.projections)
+      sum += group.rank * (shape.site_dim[static_cast<size_t>(site_of(p))] + outputs(shape, p));
+  }
+  return sum;
 }
 
 double kept_share(const Rule& rule, int64_t dim) {
@@ -169,7 +210,9 @@ void validate(const Plan& plan, const PlanShape& shape, const std::string& sourc
       }
       validate_rule(group.rule, shape.site_dim[static_cast<size_t>(site)],
                     where + ": " + projection_name(group.projections[0]));
+      validate_rank(group, shape, where + ": " + projection_name(group.projections[0]));
     }
+    validate_neurons(plan.layers[l], shape, source + ": plan: layer " + std::to_string(l));
     for (Projection p : kProjections) {
       if (seen[static_cast<size_t>(p)] != 1) {
         fail(source, ": plan: layer ", l, ": ", projection_name(p), " stands in ",
@@ -189,14 +232,18 @@ namespace {
 
 /// Weights a token reads in a layer.
 double weights_read(const LayerPlan& layer, const PlanShape& shape) {
+  const double neurons = kept_share(layer.neurons, shape.site_dim[static_cast<size_t>(Site::h4)]);
   double read = 0;
   for (const Group& group : layer.groups) {
     for (Projection p : group.projections) {
-      read += static_cast<double>(shape.projection_weights[static_cast<size_t>(p)]) *
-              kept_share(group.rule, shape.site_dim[static_cast<size_t>(site_of(p))]);
+      const int64_t dim = shape.site_dim[static_cast<size_t>(site_of(p))];
+      double share = kept_share(group.rule, dim);
+      if (p == Projection::up) share = std::min(share, neurons);
+      if (p == Projection::down && group.rule.select != Select::all) share = std::min(share, neurons);
+      read += static_cast<double>(shape.projection_weights[static_cast<size_t>(p)]) * share;
     }
   }
-  return read;
+  return read + static_cast<double>(low_rank_weights(layer, shape));
 }
 
 double layer_total(const PlanShape& shape) {

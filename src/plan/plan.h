@@ -22,6 +22,7 @@ struct Rule {
   float cut = 0;  // threshold: entries with score above it are kept
   bool scaled = false;  // the score is |x_i|·scale_i, else |x_i|; tensor "layers.L.<first projection>.scale"
   bool rotated = false;  // thinned in a run-time basis: h ← select(h B) Bᵀ; tensor "layers.L.<first>.basis"
+  bool trained = false;  // the model was trained to be read so: a dense pass thins it too
   bool operator==(const Rule&) const = default;
 };
 
@@ -29,6 +30,10 @@ struct Rule {
 struct Group {
   std::vector<Projection> projections;
   Rule rule;
+  // Of the product that dropped entries go through, y = W x_kept + (x_dropped A) B: R-Sparse, arXiv
+  // 2504.19449 §3.2; 0: they count as zero. Tensors "layers.L.<projection>.low_in" (D, rank), ".low_out"
+  // (rank, N).
+  int64_t rank = 0;
   bool operator==(const Group&) const = default;
 };
 
@@ -36,6 +41,11 @@ struct LayerPlan {
   std::vector<Group> groups;  // every projection exactly once, in the order of the arithmetic
   bool adapter = false;       // the stream changes basis after this layer: tensor "layers.L.adapter"
   bool middle = false;        // and between attention and MLP: tensor "layers.L.middle"
+  // Which of the F neurons of the feed-forward are computed, by |a(gate)|: `up` is not read for the others,
+  // and a(gate)·up is zero there (CATS, arXiv 2404.08763 §3; cut 0: the zeros of ReLU). What `down` then
+  // skips is its own group's rule. The layer's `up` stands in rows, one output after the other, unless it is
+  // quantised.
+  Rule neurons;
   bool operator==(const LayerPlan&) const = default;
 };
 
@@ -51,8 +61,6 @@ struct Plan {
 
 /// A layer whose seven projections are read whole, in the usual four groups (q k v, o, gate up, down).
 LayerPlan dense_layer();
-/// True when some group of the layer is not read whole.
-bool thins(const LayerPlan& layer);
 /// True when some group's share depends on the text.
 bool varies(const Plan& plan);
 /// Share of `dim` entries that a rule lets through, for thresholds the expected one (all where unknown).
@@ -70,11 +78,21 @@ struct PlanShape {
 };
 
 /// Throws Error (source, layer, field) unless every projection stands in exactly one group whose projections
-/// share a site, keeps are in [1, D], cuts are finite and non-negative, and the number of layers fits.
+/// share a site, keeps are in [1, D], cuts are finite and non-negative, ranks are in [0, min(D, N)] and only
+/// where something is dropped, `up` reads its whole input where neurons are chosen, and the number of layers
+/// fits.
 void validate(const Plan& plan, const PlanShape& shape, const std::string& source);
 
+/// Outputs of a projection.
+inline int64_t outputs(const PlanShape& shape, Projection p) {
+  return shape.projection_weights[static_cast<size_t>(p)] / shape.site_dim[static_cast<size_t>(site_of(p))];
+}
+
+/// Weights of a layer's low-rank products.
+int64_t low_rank_weights(const LayerPlan& layer, const PlanShape& shape);
+
 /// Share of the weights of a layer (of all layers) that a token does not read. Threshold groups have no fixed
-/// share: they count by the keep that is expected of them.
+/// share: they count by the keep that is expected of them. What low-rank products read counts as read.
 double weight_sparsity(const LayerPlan& layer, const PlanShape& shape);
 double weight_sparsity(const Plan& plan, const PlanShape& shape);
 /// Share of the entries of a site that are dropped in a layer (the mean over the groups that read it).

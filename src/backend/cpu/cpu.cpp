@@ -66,6 +66,13 @@ class ChannelLists {
   }
   const ChannelList* lists() const { return lists_; }
   int64_t count() const { return lists_[0].count + lists_[1].count; }
+  /// body(index, value) for every entry.
+  template <class Body>
+  void each(const Body& body) const {
+    for (const ChannelList& list : lists_) {
+      for (int64_t c = 0; c < list.count; ++c) body(list.index[c], list.value[c]);
+    }
+  }
 
  private:
   std::vector<int32_t> index_[kChains];
@@ -172,6 +179,28 @@ class CpuBackend final : public Backend {
     each_row(y.rows, [&](int, int64_t t) { std::copy_n(s.mat().row(t), y.cols, y.row(t)); });
   }
 
+  void expand_dropped(const Selection& kept, Mat x, Mat y) override {
+    const CpuSelection& s = static_cast<const CpuSelection&>(kept);
+    CHECK(s.rows == y.rows && s.cols == y.cols && x.rows == y.rows && x.cols == y.cols);
+    each_row(y.rows, [&](int, int64_t t) {
+      if (s.rows > 1) return kernels_.mask(s.mat().row(t), false, x.row(t), y.cols, y.row(t));
+      if (x.data != y.data) std::copy_n(x.data, y.cols, y.data);
+      s.channels.each([&](int32_t i, float) { y.data[i] = 0; });
+    });
+  }
+
+  void matmul_outputs(Mat x, const Selection& kept, const Product& p) override {
+    const CpuSelection& s = static_cast<const CpuSelection&>(kept);
+    CHECK(s.rows == p.y.rows && s.cols == p.y.cols && !p.accumulate);
+    if (x.rows == 1 && p.weight.layout == Layout::rows) return some_outputs(x, s, p);
+    matmul(x, std::span(&p, 1));
+    if (x.rows == 1) dense_.resize(std::max(dense_.size(), static_cast<size_t>(s.cols)));
+    if (x.rows == 1) scatter(s, dense_.data());
+    each_row(x.rows, [&](int, int64_t t) {
+      kernels_.mask(x.rows == 1 ? dense_.data() : s.mat().row(t), true, p.y.row(t), p.y.cols, p.y.row(t));
+    });
+  }
+
   int64_t count(const Selection& kept) override { return static_cast<const CpuSelection&>(kept).kept; }
 
   void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) override {
@@ -192,14 +221,17 @@ class CpuBackend final : public Backend {
     attention_.run(q, k, v, static_cast<CpuKvCache&>(cache), layer, pos, window, out);
   }
 
-  void glu(Mat gate, Mat up, Mat mid) override {
+  void activate(Mat z, const Activation& activation, Mat y) override {
+    CHECK(z.rows == y.rows && z.cols == y.cols);
+    each_part(z, [&](int64_t t, int64_t begin, int64_t n) {
+      kernels_.activate(z.row(t) + begin, activation, n, y.row(t) + begin);
+    });
+  }
+
+  void glu(Mat gate, Mat up, const Activation& activation, Mat mid) override {
     CHECK(gate.rows == up.rows && gate.cols == up.cols && gate.rows == mid.rows && gate.cols == mid.cols);
-    if (gate.rows > 1) {
-      return each_row(gate.rows,
-                      [&](int, int64_t t) { kernels_.glu(gate.row(t), up.row(t), gate.cols, mid.row(t)); });
-    }
-    pool_.split(gate.cols, 1024, [&](int64_t begin, int64_t end) {
-      kernels_.glu(gate.data + begin, up.data + begin, end - begin, mid.data + begin);
+    each_part(gate, [&](int64_t t, int64_t begin, int64_t n) {
+      kernels_.glu(gate.row(t) + begin, up.row(t) + begin, activation, n, mid.row(t) + begin);
     });
   }
 
@@ -215,6 +247,30 @@ class CpuBackend final : public Backend {
     pool_.run([&](int thread) {
       const int64_t end = rows * (thread + 1) / pool_.size();
       for (int64_t t = rows * thread / pool_.size(); t < end; ++t) body(thread, t);
+    });
+  }
+
+  /// body(t, first, n): whole rows, or parts of a single one.
+  template <class Body>
+  void each_part(Mat x, const Body& body) {
+    if (x.rows > 1) return each_row(x.rows, [&](int, int64_t t) { body(t, int64_t{0}, x.cols); });
+    pool_.split(x.cols, 1024, [&](int64_t begin, int64_t end) { body(int64_t{0}, begin, end - begin); });
+  }
+
+  /// One row: every thread an even share of the kept outputs, whose weights are all that is read.
+  void some_outputs(Mat x, const CpuSelection& s, const Product& p) {
+    CHECK(p.weight.in == x.cols && p.y.cols == p.weight.out);
+    pack_rows(x.data, x.cols, nullptr, std::span(&p, 1));
+    const float* packed = packed_[p.weight.dtype == DType::bf16].data();
+    std::fill_n(p.y.data, p.y.cols, 0.0f);
+    pool_.run([&](int thread) {
+      for (int64_t chain = 0; chain < kChains; ++chain) {
+        const ChannelList& list = s.channels.lists()[chain];
+        const int64_t begin = list.count * thread / pool_.size();
+        const int64_t end = list.count * (thread + 1) / pool_.size();
+        kernels_.gemv_outputs(p.weight, packed, list.index + begin, list.value + begin, end - begin,
+                              p.y.data);
+      }
     });
   }
 
@@ -248,10 +304,7 @@ class CpuBackend final : public Backend {
 
   static void scatter(const CpuSelection& s, float* y) {
     std::fill_n(y, s.cols, 0.0f);
-    for (int64_t chain = 0; chain < kChains; ++chain) {
-      const ChannelList& list = s.channels.lists()[chain];
-      for (int64_t c = 0; c < list.count; ++c) y[list.index[c]] = list.value[c];
-    }
+    s.channels.each([&](int32_t i, float value) { y[i] = value; });
   }
 
   /// The lists that keep every channel of a dense row.

@@ -491,12 +491,36 @@ void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t
   });
 }
 
+/// Rows are visited in order and each is one stream; the start of the next one is fetched meanwhile, since
+/// the hardware does not follow from row to row.
+void gemv_outputs(const Weight& weight, const float* packed, const int32_t* index, const float* value,
+                  int64_t count, float* y) {
+  with_format(weight.dtype, [&](auto format) HWY_ATTR {
+    using Format = decltype(format);
+    const auto* w = static_cast<const typename Format::Stored*>(weight.data);
+    constexpr int64_t kAhead = 1024, kLine = 64;  // bytes
+    const int64_t ahead = std::min(kAhead, weight.line_bytes());
+    for (int64_t c = 0; c < count; ++c) {
+      if (c + 1 < count) {
+        const auto* next = reinterpret_cast<const std::byte*>(w + index[c + 1] * weight.in);
+        for (int64_t byte = 0; byte < ahead; byte += kLine) __builtin_prefetch(next + byte, 0, 2);
+      }
+      const int64_t j = index[c];
+      if (value[c] == 0) continue;
+      float v = dot_row<Format>(w + j * weight.in, weight.in, packed);
+      if (weight.bias) v += weight.bias[j];
+      y[j] = v;
+    }
+  });
+}
+
 }  // namespace
 
 void fill_gemv(Kernels& kernels) {
   kernels.gemv_chain = gemv_chain;
   kernels.gemv_join = gemv_join;
   kernels.gemv_rows = gemv_rows;
+  kernels.gemv_outputs = gemv_outputs;
   kernels.pack_input = pack_input;
   kernels.packed_size = packed_size;
   kernels.target = hwy::TargetName(HWY_TARGET);

@@ -1,4 +1,4 @@
-// SiLU(gate) · up, element by element.
+// Activations and a(gate) · up, element by element.
 #include "backend/cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -13,13 +13,79 @@ namespace larosa {
 namespace HWY_NAMESPACE {
 namespace {
 
-void glu(const float* gate, const float* up, int64_t n, float* mid) {
+/// v above the threshold, else zero; a NaN stays.
+HWY_INLINE Floats above(Floats v, Floats threshold) {
+  return hn::IfThenZeroElse(hn::Le(v, threshold), v);
+}
+
+struct Silu {
+  static HWY_INLINE Floats gate(Floats z, Floats) {
+    return hn::Div(z, hn::Add(hn::Set(FloatTag(), 1.0f), exponential(hn::Neg(z))));
+  }
+  static HWY_INLINE Floats up(Floats u) { return u; }
+};
+struct Relu {
+  static HWY_INLINE Floats gate(Floats z, Floats threshold) { return above(z, threshold); }
+  static HWY_INLINE Floats up(Floats u) { return u; }
+};
+struct Relu2 {
+  static HWY_INLINE Floats gate(Floats z, Floats threshold) {
+    const Floats v = above(z, threshold);
+    return hn::Mul(v, v);
+  }
+  static HWY_INLINE Floats up(Floats u) { return u; }
+};
+struct DRelu {
+  static HWY_INLINE Floats gate(Floats z, Floats threshold) { return above(z, threshold); }
+  static HWY_INLINE Floats up(Floats u) { return above(u, hn::Zero(FloatTag())); }
+};
+
+/// body(kind) for the activation's kind; its threshold is zero for all but relu.
+template <class Body>
+HWY_INLINE void with_kind(const Activation& activation, const Body& body) {
+  switch (activation.kind) {
+    case Activation::silu:
+      return body(Silu());
+    case Activation::relu:
+      return body(Relu());
+    case Activation::relu2:
+      return body(Relu2());
+    case Activation::drelu:
+      return body(DRelu());
+  }
+}
+float threshold_of(const Activation& a) {
+  return a.kind == Activation::relu ? a.threshold : 0;
+}
+
+void activate(const float* z, const Activation& activation, int64_t n, float* y) {
+  const FloatTag d;
+  const Floats threshold = hn::Set(d, threshold_of(activation));
+  with_kind(activation, [&](auto kind) HWY_ATTR {
+    for (int64_t i = 0; i < n; i += lanes())
+      store_part(decltype(kind)::gate(load_part(d, z + i, n - i), threshold), d, y + i, n - i);
+  });
+}
+
+void glu(const float* gate, const float* up, const Activation& activation, int64_t n, float* mid) {
+  const FloatTag d;
+  const Floats threshold = hn::Set(d, threshold_of(activation));
+  with_kind(activation, [&](auto kind) HWY_ATTR {
+    using Kind = decltype(kind);
+    for (int64_t i = 0; i < n; i += lanes()) {
+      const Floats a = Kind::gate(load_part(d, gate + i, n - i), threshold);
+      store_part(hn::Mul(a, Kind::up(load_part(d, up + i, n - i))), d, mid + i, n - i);
+    }
+  });
+}
+
+/// y = x with zeros where kept is not zero, or (inverted) where it is.
+void mask(const float* kept, bool inverted, const float* x, int64_t n, float* y) {
   const FloatTag d;
   for (int64_t i = 0; i < n; i += lanes()) {
-    const Floats z = load_part(d, gate + i, n - i), u = load_part(d, up + i, n - i);
-    const Floats one = hn::Set(d, 1.0f);
-    const Floats silu = hn::Div(z, hn::Add(one, exponential(hn::Neg(z))));
-    store_part(hn::Mul(silu, u), d, mid + i, n - i);
+    const auto none = hn::Eq(load_part(d, kept + i, n - i), hn::Zero(d));
+    const Floats v = load_part(d, x + i, n - i);
+    store_part(inverted ? hn::IfThenZeroElse(none, v) : hn::IfThenElseZero(none, v), d, y + i, n - i);
   }
 }
 
@@ -33,7 +99,9 @@ void add(const float* addend, int64_t n, float* y) {
 }  // namespace
 
 void fill_glu(Kernels& kernels) {
+  kernels.activate = activate;
   kernels.glu = glu;
+  kernels.mask = mask;
   kernels.add = add;
 }
 

@@ -74,6 +74,9 @@ struct Kernels {
   /// left it
   void (*gemv_rows)(const Weight& w, const float* packed, int64_t begin, int64_t end, bool accumulate,
                     float* y);
+  /// The same for the outputs index[0, count) alone, whose value is not zero; without accumulate.
+  void (*gemv_outputs)(const Weight& w, const float* packed, const int32_t* index, const float* value,
+                       int64_t count, float* y);
   /// x in the order in which gemv_rows meets the weights of `dtype`, padded with zeros to packed_size(n).
   void (*pack_input)(const float* x, DType dtype, int64_t n, float* packed);
   int64_t (*packed_size)(int64_t n);
@@ -112,7 +115,10 @@ struct Kernels {
   void (*scale)(float factor, int64_t n, float* x);
 
   // -- glu, softmax ---------------------------------------------------------------------------------------
-  void (*glu)(const float* gate, const float* up, int64_t n, float* mid);
+  void (*activate)(const float* z, const Activation& activation, int64_t n, float* y);
+  void (*glu)(const float* gate, const float* up, const Activation& activation, int64_t n, float* mid);
+  /// y[i] = x[i] where kept[i] is zero (inverted: where it is not), else zero.
+  void (*mask)(const float* kept, bool inverted, const float* x, int64_t n, float* y);
   void (*log_softmax)(int64_t n, float* x);
 
   const char* target = nullptr;  // Highway's name of the instruction set

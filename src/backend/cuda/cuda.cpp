@@ -289,6 +289,23 @@ class CudaBackend final : public Backend {
     copy(y.data, y.stride, s.mat().data, y.cols, y.rows, y.cols, cudaMemcpyDeviceToDevice);
   }
 
+  void expand_dropped(const Selection& kept, Mat x, Mat y) override {
+    const CudaSelection& s = static_cast<const CudaSelection&>(kept);
+    CHECK(s.rows == y.rows && s.cols == y.cols && x.rows == y.rows && x.cols == y.cols);
+    flush();
+    mask(stream_, masked(s), false, x, y);
+  }
+
+  void matmul_outputs(Mat x, const Selection& kept, const Product& p) override {
+    const CudaSelection& s = static_cast<const CudaSelection&>(kept);
+    CHECK(s.rows == p.y.rows && s.cols == p.y.cols && x.cols == p.weight.in && !p.accumulate);
+    flush();
+    if (x.rows == 1 && p.weight.layout == Layout::rows)
+      return gemv_outputs(stream_, plain(x).in, p, s.one->list);
+    matmul(x, std::span(&p, 1));
+    mask(stream_, masked(s), true, p.y, p.y);
+  }
+
   int64_t count(const Selection& kept) override {
     const CudaSelection& s = static_cast<const CudaSelection&>(kept);
     flush();
@@ -322,17 +339,24 @@ class CudaBackend final : public Backend {
     cuda::attend(stream_, q, k, v, kv.layer(layer), pos, window, out, rotates ? &angles_ : nullptr, scratch_);
   }
 
-  void glu(Mat gate, Mat up, Mat mid) override {
+  void activate(Mat z, const Activation& activation, Mat y) override {
+    CHECK(z.rows == y.rows && z.cols == y.cols);
+    flush();
+    cuda::activate(stream_, z, activation, y);
+  }
+
+  void glu(Mat gate, Mat up, const Activation& activation, Mat mid) override {
     CHECK(gate.rows == up.rows && gate.cols == up.cols && gate.rows == mid.rows && gate.cols == mid.cols);
     flush();
     if (gate.rows > 1 || overlap(mid.data, mid.cols, gate.data, gate.cols) ||
         overlap(mid.data, mid.cols, up.data, up.cols))
-      return cuda::glu(stream_, gate, up, mid);
+      return cuda::glu(stream_, gate, up, activation, mid);
     Input in;
     in.source = Source::glu;
     in.cols = static_cast<int>(gate.cols);
     in.x = gate.data;
     in.up = up.data;
+    in.activation = activation;
     waiting_->row = Pending{in, mid, nullptr};
   }
 
@@ -355,9 +379,17 @@ class CudaBackend final : public Backend {
   void make(const Pending& p) {
     const Mat x(const_cast<float*>(p.in.x), 1, p.in.cols), up(const_cast<float*>(p.in.up), 1, p.in.cols);
     if (p.in.source == Source::norm) cuda::rms_norm(stream_, x, p.in.gain, p.in.eps, p.row);
-    if (p.in.source == Source::glu) cuda::glu(stream_, x, up, p.row);
+    if (p.in.source == Source::glu) cuda::glu(stream_, x, up, p.in.activation, p.row);
     if (p.list)
       cuda::select(stream_, p.in.source == Source::row ? x : p.row, p.in, p.list->list, nullptr, nullptr);
+  }
+
+  /// A selection as rows with zeros.
+  Mat masked(const CudaSelection& s) {
+    if (s.rows > 1) return s.mat();
+    auto* const row = static_cast<float*>(dense_.at_least(s.cols * 4));
+    expand_list(stream_, s.one->list, s.cols, row);
+    return Mat(row, 1, s.cols);
   }
 
   void flush() {

@@ -70,6 +70,19 @@ __device__ inline float silu(float z) {
   return __fdiv_rn(z, __fadd_rn(1.0f, expf(-z)));
 }
 
+/// What a feed-forward makes of its gate (base/types.h).
+__device__ inline float activated(float z, const Activation& a) {
+  if (a.kind == Activation::silu) return silu(z);
+  const float v = z <= (a.kind == Activation::relu ? a.threshold : 0.0f) ? 0.0f : z;
+  return a.kind == Activation::relu2 ? __fmul_rn(v, v) : v;
+}
+/// a(gate) · up. Zeros of a neuron at rest are +0, whatever the sign of up: a product lists everything else.
+__device__ inline float gated(float gate, float up, const Activation& a) {
+  if (a.kind == Activation::silu) return __fmul_rn(silu(gate), up);
+  if (a.kind == Activation::drelu && up <= 0) up = 0;
+  return __fadd_rn(__fmul_rn(activated(gate, a), up), 0.0f);
+}
+
 /// The pair (a, b) turned by an angle.
 __device__ inline float2 rotate_pair(float a, float b, float cosine, float sine) {
   return {fmaf(a, cosine, -__fmul_rn(b, sine)), fmaf(b, cosine, __fmul_rn(a, sine))};

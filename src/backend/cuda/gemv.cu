@@ -110,11 +110,11 @@ __device__ bool make_row(const Input& in, float* values, uint32_t* keys, float* 
         in.cols, [&](int e) { return make_float2(in.gain ? __ldg(in.gain + e) : 1.0f, scale_of(e)); },
         [&](int e, float2 by) { put(e, __fmul_rn(__fmul_rn(values[e], factor), by.x), by.y); });
   } else {
-    const bool gated = in.source == Source::glu;
+    const bool glu = in.source == Source::glu;
     each_entry(
         in.cols,
-        [&](int e) { return make_float3(__ldcg(in.x + e), gated ? __ldcg(in.up + e) : 0, scale_of(e)); },
-        [&](int e, float3 v) { put(e, gated ? __fmul_rn(silu(v.x), v.y) : v.x, v.z); });
+        [&](int e) { return make_float3(__ldcg(in.x + e), glu ? __ldcg(in.up + e) : 0, scale_of(e)); },
+        [&](int e, float3 v) { put(e, glu ? gated(v.x, v.y, in.activation) : v.x, v.z); });
   }
   return __syncthreads_and(full);
 }

@@ -21,6 +21,7 @@ struct Args {
   Input in;
   int out;
   bool accumulate, aligned;
+  List outputs;  // listed: which outputs are wanted
 };
 
 /// The row, normalised where the input says so, in shared memory; sums in RegisterRow's order.
@@ -56,7 +57,8 @@ __device__ float dot_vector(const uint4& v, const float* x) {
   return sum;
 }
 
-template <class T>
+/// kListed: only the outputs of a list, in its order; those whose value is zero stay as they are.
+template <class T, bool kListed>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) float row[];
   __shared__ float reduced[kWarps];
@@ -67,8 +69,13 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   const int64_t line = static_cast<int64_t>(a.in.cols) * static_cast<int64_t>(sizeof(T));
   const int vectors = a.aligned ? a.in.cols / kVector : 0;
   const int stride = static_cast<int>(gridDim.x) * kWarps * kRows;
-  for (int first = (static_cast<int>(blockIdx.x) * kWarps + warp()) * kRows; first < a.out; first += stride) {
+  const int count = kListed ? __ldcg(a.outputs.counts) : a.out;
+  for (int first = (static_cast<int>(blockIdx.x) * kWarps + warp()) * kRows; first < count; first += stride) {
     float sum[kRows] = {};
+    int64_t output[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      output[r] = kListed && first + r < count ? __ldcg(a.outputs.index + first + r) : first + r;
     for (int v = lane(); v < vectors; v += kAhead * kWarp) {
       uint4 loaded[kAhead][kRows];
 #pragma unroll
@@ -76,8 +83,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
           loaded[u][r] = {};
-          if (v + u * kWarp < vectors && first + r < a.out)
-            loaded[u][r] = load_stream(a.weight + (first + r) * line + (v + u * kWarp) * 16);
+          if (v + u * kWarp < vectors && first + r < count)
+            loaded[u][r] = load_stream(a.weight + output[r] * line + (v + u * kWarp) * 16);
         }
       }
 #pragma unroll
@@ -97,25 +104,25 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
         for (int r = 0; r < kRows; ++r) sum[r] += dot_vector<T>(loaded[u][r], x);
       }
     }
-    for (int r = 0; r < kRows && first + r < a.out; ++r) {
-      const T* elements = reinterpret_cast<const T*>(a.weight + (first + r) * line);
+    for (int r = 0; r < kRows && first + r < count; ++r) {
+      const T* elements = reinterpret_cast<const T*>(a.weight + output[r] * line);
       for (int i = vectors * kVector + lane(); i < a.in.cols; i += kWarp)
         sum[r] = fmaf(row[i], widen(elements[i]), sum[r]);
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float total = warp_reduce(sum[r], Add());
-      if (lane() != 0 || first + r >= a.out) continue;
-      if (a.bias) total = __fadd_rn(total, a.bias[first + r]);
-      if (a.accumulate) total = __fadd_rn(total, a.y[first + r]);
-      a.y[first + r] = total;
+      if (lane() != 0 || first + r >= count) continue;
+      if (kListed && __ldcg(a.outputs.value + first + r) == 0) continue;
+      if (a.bias) total = __fadd_rn(total, a.bias[output[r]]);
+      if (a.accumulate) total = __fadd_rn(total, a.y[output[r]]);
+      a.y[output[r]] = total;
     }
   }
 }
 
-}  // namespace
-
-void gemv_rows(const Stream& s, const Input& in, const Product& product) {
+template <bool kListed>
+void launch(const Stream& s, const Input& in, const Product& product, const List& outputs) {
   const Weight& w = product.weight;
   const int64_t shared = in.cols * static_cast<int64_t>(sizeof(float));
   if (shared > s.shared_bytes) fail("cuda: a row of ", in.cols, " entries does not fit in shared memory");
@@ -126,12 +133,27 @@ void gemv_rows(const Stream& s, const Input& in, const Product& product) {
                in,
                static_cast<int>(w.out),
                product.accumulate,
-               aligned};
+               aligned,
+               outputs};
   const int blocks = std::clamp((a.out + kRows * kWarps - 1) / (kRows * kWarps), 1, s.multiprocessors);
-  if (w.dtype == DType::f32) return launch_kernel(s, rows_kernel<float>, blocks, kThreads, shared, a);
-  if (w.dtype == DType::f16) return launch_kernel(s, rows_kernel<__half>, blocks, kThreads, shared, a);
+  if (w.dtype == DType::f32)
+    return launch_kernel(s, rows_kernel<float, kListed>, blocks, kThreads, shared, a);
+  if (w.dtype == DType::f16)
+    return launch_kernel(s, rows_kernel<__half, kListed>, blocks, kThreads, shared, a);
   CHECK(w.dtype == DType::bf16);
-  launch_kernel(s, rows_kernel<__nv_bfloat16>, blocks, kThreads, shared, a);
+  launch_kernel(s, rows_kernel<__nv_bfloat16, kListed>, blocks, kThreads, shared, a);
+}
+
+}  // namespace
+
+void gemv_rows(const Stream& s, const Input& in, const Product& product) {
+  launch<false>(s, in, product, {});
+}
+
+void gemv_outputs(const Stream& s, const Input& in, const Product& product, const List& outputs) {
+  const size_t bytes = static_cast<size_t>(product.y.cols) * sizeof(float);
+  check(cudaMemsetAsync(product.y.data, 0, bytes, s.stream), "memory");
+  launch<true>(s, in, product, outputs);
 }
 
 }  // namespace larosa::cuda

@@ -1,4 +1,4 @@
-// SiLU(gate) · up.
+// Activations, a(gate) · up, and rows with zeros where a selection says so: element by element.
 #include "backend/cuda/device.cuh"
 #include "backend/cuda/launch.h"
 
@@ -7,20 +7,50 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads) glu_kernel(Mat gate, Mat up, Mat mid) {
+__device__ int64_t column() {
+  return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+}
+__device__ float& at(const Mat& m, int64_t i) {
+  return m.data[blockIdx.y * m.stride + i];
+}
+
+__global__ void __launch_bounds__(kThreads) glu_kernel(Mat gate, Mat up, Activation activation, Mat mid) {
   let_next_start();
   wait_for_inputs();
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, t = blockIdx.y;
-  if (i >= gate.cols) return;
-  mid.data[t * mid.stride + i] = __fmul_rn(silu(gate.data[t * gate.stride + i]), up.data[t * up.stride + i]);
+  const int64_t i = column();
+  if (i < gate.cols) at(mid, i) = gated(at(gate, i), at(up, i), activation);
+}
+
+__global__ void __launch_bounds__(kThreads) activate_kernel(Mat z, Activation activation, Mat y) {
+  let_next_start();
+  wait_for_inputs();
+  const int64_t i = column();
+  if (i < z.cols) at(y, i) = activated(at(z, i), activation);
+}
+
+__global__ void __launch_bounds__(kThreads) mask_kernel(Mat kept, bool inverted, Mat x, Mat y) {
+  let_next_start();
+  wait_for_inputs();
+  const int64_t i = column();
+  if (i < x.cols) at(y, i) = (at(kept, i) == 0) != inverted ? at(x, i) : 0.0f;
+}
+
+dim3 blocks_of(const Mat& m) {
+  return {static_cast<unsigned>((m.cols + kThreads - 1) / kThreads), static_cast<unsigned>(m.rows)};
 }
 
 }  // namespace
 
-void glu(const Stream& s, Mat gate, Mat up, Mat mid) {
-  const dim3 blocks(static_cast<unsigned>((gate.cols + kThreads - 1) / kThreads),
-                    static_cast<unsigned>(gate.rows));
-  launch_kernel(s, glu_kernel, blocks, kThreads, 0, gate, up, mid);
+void glu(const Stream& s, Mat gate, Mat up, const Activation& activation, Mat mid) {
+  launch_kernel(s, glu_kernel, blocks_of(gate), kThreads, 0, gate, up, activation, mid);
+}
+
+void activate(const Stream& s, Mat z, const Activation& activation, Mat y) {
+  launch_kernel(s, activate_kernel, blocks_of(z), kThreads, 0, z, activation, y);
+}
+
+void mask(const Stream& s, Mat kept, bool inverted, Mat x, Mat y) {
+  launch_kernel(s, mask_kernel, blocks_of(x), kThreads, 0, kept, inverted, x, y);
 }
 
 }  // namespace larosa::cuda

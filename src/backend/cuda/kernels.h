@@ -44,6 +44,7 @@ struct Input {
   Selects select = Selects::all;
   int cols = 0, keep = 0;
   float cut = 0, eps = 0;
+  Activation activation;         // glu
   const float* x = nullptr;      // row; the normalised stream's source; the gate
   const float* up = nullptr;     // glu
   const float* gain = nullptr;   // norm, or null
@@ -69,6 +70,8 @@ inline constexpr int kMostProducts = 4;
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, const Scratch& scratch);
 /// The same for one weight in rows layout.
 void gemv_rows(const Stream& s, const Input& in, const Product& product);
+/// Of it the outputs that the list has and whose value is not zero; the others become zero.
+void gemv_outputs(const Stream& s, const Input& in, const Product& product, const List& outputs);
 
 /// Selection of (rows, cols): one row to `list`; several to `masked` (rows, cols) and `kept` (rows).
 void select(const Stream& s, Mat x, const Input& rule, const List& list, float* masked, int32_t* kept);
@@ -76,7 +79,10 @@ void expand_list(const Stream& s, const List& list, int64_t cols, float* y);
 
 void embed(const Stream& s, const Weight& table, const int32_t* tokens, int32_t only, Mat x);
 void rms_norm(const Stream& s, Mat x, const float* gain, float eps, Mat y);
-void glu(const Stream& s, Mat gate, Mat up, Mat mid);
+void glu(const Stream& s, Mat gate, Mat up, const Activation& activation, Mat mid);
+void activate(const Stream& s, Mat z, const Activation& activation, Mat y);
+/// y = x where kept is zero (inverted: where it is not), else zero; x may be y.
+void mask(const Stream& s, Mat kept, bool inverted, Mat x, Mat y);
 void log_softmax(const Stream& s, Mat x);
 
 /// cosine and sine (rows, half) of float(pos + t) · inv_freq[i], as the models were trained with.

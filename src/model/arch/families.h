@@ -18,12 +18,15 @@ struct FamilyDefaults {
 
 /// Sizes, norm, rotary embedding, tying and token ids. Throws Error naming file and field.
 void read_common(const Fields& fields, const FamilyDefaults& defaults, ModelConfig& config);
+/// What Llama and what Mistral read; others took over their forms.
+void read_llama(const nlohmann::json& json, const std::string& source, ModelConfig& config);
+void read_mistral(const nlohmann::json& json, const std::string& source, ModelConfig& config);
 /// use_sliding_window, sliding_window, max_window_layers and layer_types of the Qwen families.
 void read_qwen_window(const Fields& fields, ModelConfig& config);
 /// Refuses a layer_types list that disagrees with window_of.
 void check_layer_types(const Fields& fields, const ModelConfig& config);
 
 extern const TensorNames kLlamaNames;
-extern const Architecture kLlama, kMistral, kQwen2, kQwen3;
+extern const Architecture kLlama, kSparseLlama, kMistral, kBamboo, kQwen2, kQwen3;
 
 }  // namespace larosa

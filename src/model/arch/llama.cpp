@@ -2,16 +2,13 @@
 #include "model/arch/families.h"
 
 namespace larosa {
-namespace {
 
-void read(const nlohmann::json& json, const std::string& source, ModelConfig& config) {
+void read_llama(const nlohmann::json& json, const std::string& source, ModelConfig& config) {
   const Fields fields(json, source);
   read_common(fields, {.context = 2048, .bos = 1, .eos = 2}, config);
   check_layer_types(fields, config);
   config.bias_qkv = config.bias_o = fields.boolean_or("attention_bias", false);
 }
-
-}  // namespace
 
 const TensorNames kLlamaNames = {
     .embed = "model.embed_tokens.weight",
@@ -26,6 +23,6 @@ const TensorNames kLlamaNames = {
                    "model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj",
                    "model.layers.{}.mlp.down_proj"},
 };
-const Architecture kLlama = {"llama", "LlamaForCausalLM", read, &kLlamaNames};
+const Architecture kLlama = {"llama", "LlamaForCausalLM", read_llama, &kLlamaNames};
 
 }  // namespace larosa

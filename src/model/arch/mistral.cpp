@@ -2,9 +2,8 @@
 #include "model/arch/families.h"
 
 namespace larosa {
-namespace {
 
-void read(const nlohmann::json& json, const std::string& source, ModelConfig& config) {
+void read_mistral(const nlohmann::json& json, const std::string& source, ModelConfig& config) {
   const Fields fields(json, source);
   read_common(fields, {.kv_heads = 8, .context = 4096 * 32, .bos = 1, .eos = 2}, config);
   if (fields.boolean_or("attention_bias", false)) fields.refuse("attention_bias", "mistral has no biases");
@@ -16,8 +15,6 @@ void read(const nlohmann::json& json, const std::string& source, ModelConfig& co
   check_layer_types(fields, config);
 }
 
-}  // namespace
-
-const Architecture kMistral = {"mistral", "MistralForCausalLM", read, &kLlamaNames};
+const Architecture kMistral = {"mistral", "MistralForCausalLM", read_mistral, &kLlamaNames};
 
 }  // namespace larosa
