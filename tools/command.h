@@ -18,6 +18,7 @@ using Setup = std::function<int()> (*)(CLI::App& app);
 std::function<int()> setup_sparsify(CLI::App& app);
 std::function<int()> setup_run(CLI::App& app);
 std::function<int()> setup_perplexity(CLI::App& app);
+std::function<int()> setup_eval(CLI::App& app);
 std::function<int()> setup_inspect(CLI::App& app);
 std::function<int()> setup_bench(CLI::App& app);
 std::function<int()> setup_devices(CLI::App& app);

@@ -26,6 +26,8 @@ constexpr std::array kCommands = {
     Command{"run", "Continue a text", "larosa run demo-50 -p \"It was a dark night\" -n 64", setup_run},
     Command{"perplexity", "Measure how well a model predicts a text",
             "larosa perplexity demo-50 -f text/demo.valid.txt --against models/demo-7m", setup_perplexity},
+    Command{"eval", "Answer the questions of zero-shot tasks",
+            "larosa eval demo-50 --tasks arc_easy,piqa --data tasks -o demo-50.json", setup_eval},
     Command{"inspect", "Show what a model is and what a token costs", "larosa inspect demo-50",
             setup_inspect},
     Command{"bench", "Time a model, or any shape with random weights",

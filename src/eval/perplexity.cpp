@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/thread_pool.h"
+#include "eval/log_probabilities.h"
 #include "model/decoder.h"
 
 namespace larosa {
@@ -26,22 +27,6 @@ struct Score {
   bool same_top = false;
 };
 
-/// Sums in the order of the text, so that the result does not depend on the threads.
-struct Sums {
-  double sum = 0, squares = 0;
-  int64_t count = 0;
-  void add(double x) {
-    sum += x;
-    squares += x * x;
-    ++count;
-  }
-  Mean mean() const {
-    const double n = static_cast<double>(count), value = sum / n;
-    const double variance = count > 1 ? std::max(0.0, squares / n - value * value) / (n - 1) : 0;
-    return {value, std::sqrt(variance)};
-  }
-};
-
 class Scorer {
  public:
   Scorer(const Model& model, Backend& backend, int64_t context, DType kv)
@@ -52,13 +37,9 @@ class Scorer {
         kv_(kv),
         counts_(varies(model.plan)),
         hidden_(backend.allocate(context * model.config.dim * kFloat)),
-        logits_(backend.allocate(block_rows() * model.config.vocab * kFloat)),
-        scores_(static_cast<size_t>(block_rows() * model.config.vocab)) {}
+        log_probabilities_(model, backend) {}
 
-  /// Rows whose logits are held at once: a vocabulary of 128 k stays below 128 MiB.
-  int64_t block_rows() const {
-    return std::clamp<int64_t>((int64_t{1} << 25) / model_.config.vocab, 16, 256);
-  }
+  int64_t block_rows() const { return log_probabilities_.block_rows(); }
 
   void run_window(std::span<const int32_t> tokens, int64_t dense_rows) {
     const ModelConfig& c = model_.config;
@@ -99,11 +80,7 @@ class Scorer {
   /// Log-probabilities after rows [first, first + count) of the window, in host memory.
   Mat log_probabilities(int64_t first, int64_t count) {
     const Mat hidden(static_cast<float*>(hidden_.get()), context_, model_.config.dim);
-    const Mat logits(static_cast<float*>(logits_.get()), count, model_.config.vocab);
-    decoder_.logits(model_, hidden.slice(first, count), logits);
-    backend_.log_softmax(logits);
-    backend_.read(logits, scores_.data());
-    return Mat(scores_.data(), count, model_.config.vocab);
+    return log_probabilities_.of(decoder_, hidden.slice(first, count));
   }
 
  private:
@@ -116,8 +93,8 @@ class Scorer {
   DType kv_;
   bool counts_;
   Tally tally_;
-  std::shared_ptr<void> hidden_, logits_;  // backend memory
-  std::vector<float> scores_;
+  std::shared_ptr<void> hidden_;  // backend memory
+  LogProbabilities log_probabilities_;
 };
 
 Score score_row(const float* p, const float* reference, int64_t vocab, int32_t target) {
@@ -179,11 +156,6 @@ std::vector<int32_t> protocol_tokens(const Protocol& protocol, const Tokenizer& 
     if (begin < text.size() || protocol.ends_rows) joined += protocol.row_end;
   }
   return tokenizer.encode(joined, protocol.leading_special);
-}
-
-Mean perplexity_of(const Mean& nll) {
-  const double value = std::exp(nll.value);
-  return {value, value * nll.error};
 }
 
 PerplexityResult perplexity(const Model& model, const Model* reference, Backend& backend, ThreadPool& pool,

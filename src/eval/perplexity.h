@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "eval/mean.h"
 #include "model/model.h"
 #include "text/tokenizer.h"
 
@@ -54,11 +55,6 @@ struct PerplexityOptions {
   DType kv = DType::f32;     // type of the model's key/value cache; the reference's is f32
 };
 
-/// Mean and standard error of a per-prediction quantity.
-struct Mean {
-  double value = 0, error = 0;
-};
-
 struct PerplexityResult {
   int64_t windows = 0, predictions = 0;
   int64_t tokens = 0;   // run through the model, overlaps included
@@ -72,9 +68,6 @@ struct PerplexityResult {
   std::optional<double> reached;
   std::array<double, 4> reached_sites{};
 };
-
-/// exp(nll) and its standard error by the first-order rule, as llama.cpp prints it.
-Mean perplexity_of(const Mean& nll);
 
 /// Scores `tokens` in windows, each token at most once; the first token of a window is never predicted.
 /// `reference` may be null. Both are placed in the backend's memory (model.h, place).

@@ -3,9 +3,11 @@
 #include <fcntl.h>
 #include <sys/file.h>
 #include <unistd.h>
+#include <xxhash.h>
 
 #include <array>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -42,6 +44,13 @@ void write_file(const std::string& path, const std::string& text) {
   fs::rename(temporary, path);
 }
 
+std::string fingerprint_of(std::string_view bytes) {
+  char text[17];
+  std::snprintf(text, sizeof(text), "%016llx",
+                static_cast<unsigned long long>(XXH3_64bits(bytes.data(), bytes.size())));
+  return text;
+}
+
 std::string vacant_path(const std::string& path) {
   std::string dir = fs::path(path + "/").parent_path().string();
   const fs::path above = fs::path(dir).parent_path();
@@ -53,18 +62,56 @@ std::string vacant_path(const std::string& path) {
   return dir;
 }
 
-DirectoryLock::DirectoryLock(const std::string& dir)
-    : fd_(open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
-  if (fd_ < 0) fail(dir, ": cannot be opened: ", std::strerror(errno));
-  if (flock(fd_, LOCK_EX | LOCK_NB) == 0) return;
+namespace {
+
+/// Takes the lock of the open file or directory `path`, or closes it and throws.
+int locked(int fd, const std::string& path) {
+  if (fd < 0) fail(path, ": cannot be opened: ", std::strerror(errno));
+  if (flock(fd, LOCK_EX | LOCK_NB) == 0) return fd;
   const int reason = errno;
-  close(fd_);
-  if (reason == EWOULDBLOCK) fail(dir, ": is in use by another process");
-  fail(dir, ": cannot be locked: ", std::strerror(reason));
+  close(fd);
+  if (reason == EWOULDBLOCK) fail(path, ": is in use by another process");
+  fail(path, ": cannot be locked: ", std::strerror(reason));
 }
+
+}  // namespace
+
+DirectoryLock::DirectoryLock(const std::string& dir)
+    : fd_(locked(open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC), dir)) {}
 
 DirectoryLock::~DirectoryLock() {
   close(fd_);
+}
+
+Journal::Journal(const std::string& path)
+    : path_(path), fd_(locked(open(path.c_str(), O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666), path)) {
+  const std::string text = read_file(path);
+  size_t begin = 0;
+  for (size_t end = 0; (end = text.find('\n', begin)) != std::string::npos; begin = end + 1)
+    lines_.emplace_back(text, begin, end - begin);
+  if (begin < text.size() && ftruncate(fd_, static_cast<off_t>(begin)) != 0) {
+    close(fd_);
+    fail(path, ": cannot be written");
+  }
+}
+
+Journal::~Journal() {
+  close(fd_);
+}
+
+void Journal::append(std::string_view line) {
+  const std::string text = std::string(line) + '\n';
+  for (size_t done = 0; done < text.size();) {
+    const ssize_t n = write(fd_, text.data() + done, text.size() - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n <= 0) fail(path_, ": cannot be written: ", std::strerror(errno));
+    done += static_cast<size_t>(n);
+  }
+}
+
+void Journal::remove() {
+  std::error_code ignored;
+  fs::remove(path_, ignored);
 }
 
 }  // namespace larosa

@@ -149,8 +149,8 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
   }
 }
 
-Mat Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos, Mat x,
-                   const Pass& pass) {
+Mat Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer,
+                   std::span<const Segment> segments, Mat x, const Pass& pass) {
   CHECK(x.rows <= max_rows_);
   const int64_t rows = x.rows;
   const auto view = [rows](const Mat& m) { return Mat(m.data, rows, m.cols); };
@@ -168,8 +168,15 @@ Mat Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t ca
     backend_.rms_norm(q_heads, w.norm_q, config_.norm_eps, q_heads);
     backend_.rms_norm(k_heads, w.norm_k, config_.norm_eps, k_heads);
   }
-  backend_.rope(q, k, config_.head_dim, pos, static_cast<const float*>(inv_freq_.get()));
-  backend_.attend(q, k, v, cache, cache_layer, pos, config_.window_of(index), att);
+  int64_t first = 0;
+  for (const auto& [count, pos] : segments) {
+    const Mat qs = q.slice(first, count), ks = k.slice(first, count);
+    backend_.rope(qs, ks, config_.head_dim, pos, static_cast<const float*>(inv_freq_.get()));
+    backend_.attend(qs, ks, v.slice(first, count), cache, cache_layer, pos, config_.window_of(index),
+                    att.slice(first, count));
+    first += count;
+  }
+  CHECK(first == rows);
   apply(step, Site::h2, att);
 
   if (layer.middle) adapt(layer.middle, x, last);
@@ -188,29 +195,63 @@ void Decoder::adapt(const Adapter& adapter, Mat x, Mat next) {
   backend_.rotate(Mat(x.data, x.rows, adapter.top.in, x.stride), adapter.top, next, true);
 }
 
+/// forward for at most max_rows rows.
+void Decoder::run(const Model& model, std::span<const int32_t> tokens, KvCache& cache,
+                  std::span<const Segment> segments, const Pass& pass, Mat hidden) {
+  const auto rows = static_cast<int64_t>(tokens.size());
+  const Mat even(x_.data, rows, config_.dim), odd(next_.data, rows, config_.dim);
+  Mat x = even;
+  embed(model.outer, tokens, x);
+  if (pass.tally) {
+    pass.tally->kept.resize(static_cast<size_t>(config_.layers));
+    pass.tally->rows += rows;
+  }
+  for (int64_t l = 0; l < config_.layers; ++l) {
+    const Layer& block = model.layers[static_cast<size_t>(l)];
+    x = layer(block, l, cache, l, segments, x, pass);
+    if (!block.adapter) continue;
+    const Mat next = x.data == even.data ? odd : even;
+    adapt(block.adapter, x, next);
+    x = next;
+  }
+  backend_.rms_norm(x, model.outer.norm_out, config_.norm_eps, hidden);
+}
+
 void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, int64_t pos,
                       const Pass& pass, Mat hidden) {
   for (size_t first = 0; first < tokens.size();) {
     const size_t count = std::min(tokens.size() - first, static_cast<size_t>(max_rows_));
-    const int64_t offset = static_cast<int64_t>(first), rows = static_cast<int64_t>(count);
-    const Mat even(x_.data, rows, config_.dim), odd(next_.data, rows, config_.dim);
-    Mat x = even;
-    embed(model.outer, tokens.subspan(first, count), x);
-    if (pass.tally) {
-      pass.tally->kept.resize(static_cast<size_t>(config_.layers));
-      pass.tally->rows += rows;
-    }
-    for (int64_t l = 0; l < config_.layers; ++l) {
-      const Layer& block = model.layers[static_cast<size_t>(l)];
-      x = layer(block, l, cache, l, pos + offset, x, pass);
-      if (!block.adapter) continue;
-      const Mat next = x.data == even.data ? odd : even;
-      adapt(block.adapter, x, next);
-      x = next;
-    }
-    backend_.rms_norm(x, model.outer.norm_out, config_.norm_eps, hidden.slice(offset, rows));
+    const int64_t offset = static_cast<int64_t>(first);
+    const Segment segment{static_cast<int64_t>(count), pos + offset};
+    run(model, tokens.subspan(first, count), cache, std::span(&segment, 1), pass,
+        hidden.slice(offset, segment.rows));
     first += count;
   }
+}
+
+void Decoder::forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache,
+                      std::span<const Segment> segments, const Pass& pass, Mat hidden) {
+  std::vector<Segment> part;
+  int64_t done = 0, rows = 0;  // run, and waiting in `part`
+  const auto run_part = [&] {
+    run(model, tokens.subspan(static_cast<size_t>(done), static_cast<size_t>(rows)), cache, part, pass,
+        hidden.slice(done, rows));
+    done += rows;
+    rows = 0;
+    part.clear();
+  };
+  for (Segment s : segments) {
+    while (s.rows > 0) {
+      const int64_t count = std::min(s.rows, max_rows_ - rows);
+      part.push_back({count, s.pos});
+      rows += count;
+      s.rows -= count;
+      s.pos += count;
+      if (rows == max_rows_) run_part();
+    }
+  }
+  if (rows > 0) run_part();
+  CHECK(done == static_cast<int64_t>(tokens.size()));
 }
 
 void Decoder::logits(const Model& model, Mat hidden, Mat logits) {

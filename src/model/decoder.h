@@ -42,6 +42,13 @@ struct Pass {
   Tally* tally = nullptr;  // counts what was kept; not with dense
 };
 
+/// Consecutive rows at positions pos … pos + rows − 1 of a cache. A later segment may go back: what it writes
+/// replaces what stood there, so that several continuations follow one context, and several texts one
+/// another.
+struct Segment {
+  int64_t rows = 0, pos = 0;
+};
+
 class Decoder {
  public:
   /// Rows that go through the layers at once; longer inputs are cut. Bounds the working memory.
@@ -54,12 +61,18 @@ class Decoder {
   /// x (T, dim) = embeddings of tokens; T ≤ max_rows.
   void embed(const OuterWeights& outer, std::span<const int32_t> tokens, Mat x);
 
-  /// One layer's block on x (T, dim), before its adapter: positions pos … pos + T − 1 of `cache`, whose layer
+  /// One layer's block on x (T, dim), before its adapter: segments of T rows together of `cache`, whose layer
   /// `cache_layer` it uses; `index` is the layer's number in the model (its window). T ≤ max_rows. In place,
   /// and returns x; but where the stream changes basis in between, the result stands in the decoder's memory
   /// until the next call.
+  Mat layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer,
+            std::span<const Segment> segments, Mat x, const Pass& pass);
+  /// The same for positions pos … pos + T − 1.
   Mat layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer, int64_t pos, Mat x,
-            const Pass& pass);
+            const Pass& pass) {
+    const Segment segment{x.rows, pos};
+    return this->layer(layer, index, cache, cache_layer, std::span(&segment, 1), x, pass);
+  }
 
   /// next (T, dim) = x in another basis of the stream. x aliases not next.
   void adapt(const Adapter& adapter, Mat x, Mat next);
@@ -67,6 +80,9 @@ class Decoder {
   /// hidden (T, dim) = the normalised last hidden states of tokens at positions pos … of cache. Any T ≥ 1.
   void forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache, int64_t pos,
                const Pass& pass, Mat hidden);
+  /// The same for segments of as many rows together as there are tokens.
+  void forward(const Model& model, std::span<const int32_t> tokens, KvCache& cache,
+               std::span<const Segment> segments, const Pass& pass, Mat hidden);
 
   /// logits (T, vocab) of normalised hidden states (T, dim).
   void logits(const Model& model, Mat hidden, Mat logits);
@@ -75,6 +91,8 @@ class Decoder {
 
  private:
   struct Step;
+  void run(const Model& model, std::span<const int32_t> tokens, KvCache& cache,
+           std::span<const Segment> segments, const Pass& pass, Mat hidden);
   void apply(const Step& step, Site site, Mat entries);
   void select(const Rule& rule, const float* scale, Mat entries);
   void add_low_rank(const Step& step, size_t group, Mat entries);
