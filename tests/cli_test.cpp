@@ -304,7 +304,7 @@ TEST_F(Cli, UnknownFlagsAndCommands) {
         Arguments{"bench", "--config", dir_ / "config.json"}}) {
     expect_refused(a, {});
   }
-  for (const char* command : {"sparsify", "run", "perplexity", "inspect", "bench", "devices"}) {
+  for (const char* command : {"sparsify", "run", "perplexity", "eval", "inspect", "bench", "devices"}) {
     const Outcome o = run({command, "--help"});
     EXPECT_EQ(o.code, 0);
     EXPECT_NE(o.out.find("Example:"), std::string::npos);
@@ -652,6 +652,62 @@ TEST_F(Cli, InterruptedSparsifyResumes) {
     const std::string name = entry.path().filename().string();
     EXPECT_TRUE(file_bytes(dir_ / ("whole/" + name)) == file_bytes(dir_ / ("cut/" + name))) << name;
   }
+}
+
+TEST_F(Cli, EvalRefusesBeforeItComputes) {
+  const std::string data = source_path("tests/golden/tasks");
+  const Arguments a = {"eval", model(), "--data", data, "-o", dir_ / "made", "--tasks"};
+  const auto tasks = [&](const std::string& names, const Arguments& more = {}) {
+    Arguments all = a;
+    all.push_back(names);
+    all.insert(all.end(), more.begin(), more.end());
+    return all;
+  };
+  expect_refused(tasks("piqa,arc"), {"--tasks arc", "arc_easy", "lambada"});
+  expect_refused(tasks("piqa,piqa"), {"--tasks piqa", "twice"});
+  expect_refused(tasks("piqa", {"--data", dir_ / "none"}), {"none/piqa.jsonl", "cannot be opened"});
+  expect_refused(tasks("piqa", {"--samples", dir_ / "none/s.jsonl"}), {"none/s.jsonl", "does not exist"});
+  expect_refused(tasks("piqa", {"--limit", "0"}), {"--limit"});
+  fs::copy(model(), dir_ / "mute");
+  fs::remove(dir_ / "mute/tokenizer.json");
+  Arguments mute = tasks("piqa");
+  mute[1] = dir_ / "mute";
+  expect_refused(mute, {"mute", "no tokenizer.json"});
+}
+
+TEST_F(Cli, InterruptedEvalResumes) {
+  std::string questions;
+  for (int i = 0; i < 500; ++i) questions += file_bytes(source_path("tests/golden/tasks/arc_easy.jsonl"));
+  std::ofstream(dir_ / "arc_easy.jsonl") << questions;
+  const Arguments whole = {"eval",         model(), "--tasks",           "arc_easy",  "--data",
+                           dir_ / "",      "-o",    dir_ / "whole.json", "--samples", dir_ / "whole.jsonl",
+                           "--no-progress"};
+  const Outcome found = run(whole);
+  ASSERT_EQ(found.code, 0) << found.err;
+  EXPECT_NE(found.out.find("| arc_easy         |  1500 | acc        | ↑ |"), std::string::npos) << found.out;
+  Arguments cut = whole;
+  cut[7] = dir_ / "cut.json", cut[9] = dir_ / "cut.jsonl";
+  const pid_t child = begin(cut);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
+  const auto lines = [&] {
+    const std::string text = file_bytes(dir_ / "cut.json.partial");
+    return std::count(text.begin(), text.end(), '\n');
+  };
+  while (lines() < 3 && std::chrono::steady_clock::now() < deadline)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  kill(child, SIGINT);
+  const Outcome o = end(child);
+  EXPECT_EQ(o.code, 130) << o.err;
+  EXPECT_NE(o.err.find("cut.json.partial"), std::string::npos) << o.err;
+  EXPECT_FALSE(fs::exists(dir_ / "cut.json"));
+  EXPECT_GE(lines(), 3);
+  Arguments other = cut;
+  other.insert(other.end(), {"--kv", "f16"});
+  expect_refused(other, {"cut.json.partial:1", "other options"});
+  ASSERT_EQ(run(cut).code, 0);
+  EXPECT_FALSE(fs::exists(dir_ / "cut.json.partial"));
+  EXPECT_TRUE(file_bytes(dir_ / "cut.json") == file_bytes(dir_ / "whole.json"));
+  EXPECT_TRUE(file_bytes(dir_ / "cut.jsonl") == file_bytes(dir_ / "whole.jsonl"));
 }
 
 TEST_F(Cli, ALongPromptCanBeInterrupted) {
