@@ -86,14 +86,13 @@ TEST_F(Tasks, EqualLmEvaluationHarness) {
         EXPECT_EQ(metric->of(run.items[i], run.found[i]), item.at(metric->name).get<double>()) << name << i;
       }
     }
-    const auto results = run.results();
-    for (size_t m = 0; m < results.size(); ++m) {
-      const std::string metric = run.task.metrics[m]->name;
-      const double value = expected["results"].at(metric).get<double>();
-      EXPECT_NEAR(results[m].value, value, 1e-4 * value) << name;
-      // lm-eval's error of perplexity is a bootstrap's.
-      if (run.task.metrics[m]->exponential) continue;
-      EXPECT_NEAR(results[m].error, expected["results"].at(metric + "_stderr").get<double>(), 1e-9) << name;
+    for (const Metric* metric : run.task.metrics) {
+      const Mean result = run.result(*metric);
+      const double value = expected["results"].at(metric->name).get<double>();
+      EXPECT_NEAR(result.value, value, 1e-4 * value) << name;
+      if (metric->exponential) continue;  // lm-eval's error of perplexity is a bootstrap's
+      const double error = expected["results"].at(std::string(metric->name) + "_stderr").get<double>();
+      EXPECT_NEAR(result.error, error, 1e-9) << name;
     }
   }
 }

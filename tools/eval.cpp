@@ -93,11 +93,10 @@ void print_table(const std::vector<TaskRun>& runs) {
   std::printf("| task             | items | metric     |   |    value |   |  stderr |\n");
   std::printf("|------------------|------:|------------|---|---------:|---|--------:|\n");
   for (const TaskRun& run : runs) {
-    const auto results = run.results();
-    for (size_t m = 0; m < results.size(); ++m) {
-      const Metric& metric = *run.task.metrics[m];
+    for (const Metric* metric : run.task.metrics) {
+      const Mean result = run.result(*metric);
       std::printf("| %-16s | %5zu | %-10s | %s | %8.4f | ± | %7.4f |\n", run.task.name.c_str(),
-                  run.found.size(), metric.name, metric.better, results[m].value, results[m].error);
+                  run.found.size(), metric->name, metric->better, result.value, result.error);
     }
   }
 }
@@ -107,11 +106,10 @@ Json results_json(const Flags& f, const std::vector<TaskRun>& runs, const Backen
   for (const TaskRun& run : runs) {
     Json& task = tasks[run.task.name];
     task["items"] = run.found.size();
-    const auto results = run.results();
-    for (size_t m = 0; m < results.size(); ++m) {
-      const std::string name = run.task.metrics[m]->name;
-      task[name] = results[m].value;
-      task[name + "_stderr"] = results[m].error;
+    for (const Metric* metric : run.task.metrics) {
+      const Mean result = run.result(*metric);
+      task[metric->name] = result.value;
+      task[std::string(metric->name) + "_stderr"] = result.error;
     }
   }
   return {{"model", f.model}, {"products", backend.products_name()}, {"kv", f.kv}, {"tasks", tasks}};
@@ -150,7 +148,8 @@ void score_all(const Flags& f, const Model& model, const Tokenizer& tokenizer, M
       if (journal) journal->append(batch_line(run, first));
       scored += static_cast<int64_t>(run.found.size() - first);
       char note[64];
-      std::snprintf(note, sizeof(note), " %s %.4f", run.task.metrics[0]->name, run.results()[0].value);
+      const Metric& metric = *run.task.metrics[0];
+      std::snprintf(note, sizeof(note), " %s %.4f", metric.name, run.result(metric).value);
       progress.update(scored, run.task.name + note);
       throw_if_interrupted();
     });

@@ -113,14 +113,10 @@ TaskRun load_task(const std::string& name, const std::string& dir, int64_t limit
   return run;
 }
 
-std::vector<Mean> TaskRun::results() const {
-  std::vector<Mean> results;
-  for (const Metric* metric : task.metrics) {
-    Sums sums;
-    for (size_t i = 0; i < found.size(); ++i) sums.add(metric->of(items[i], found[i]));
-    results.push_back(metric->exponential ? perplexity_of(sums.mean()) : sums.mean());
-  }
-  return results;
+Mean TaskRun::result(const Metric& metric) const {
+  Sums sums;
+  for (size_t i = 0; i < found.size(); ++i) sums.add(metric.of(items[i], found[i]));
+  return metric.exponential ? perplexity_of(sums.mean()) : sums.mean();
 }
 
 void score_items(TaskRun& run, const Tokenizer& tokenizer, int64_t window, LikelihoodScorer& scorer,

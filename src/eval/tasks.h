@@ -59,8 +59,8 @@ struct TaskRun {
   std::vector<std::vector<Likelihood>> found;
 
   bool finished() const { return found.size() == items.size(); }
-  /// Of the items found so far, one for each of task.metrics.
-  std::vector<Mean> results() const;
+  /// Of the items found so far.
+  Mean result(const Metric& metric) const;
 };
 /// Reads `dir`/task.file; limit 0: every item. Throws Error, also for a file without items.
 TaskRun load_task(const std::string& name, const std::string& dir, int64_t limit);
