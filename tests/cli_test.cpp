@@ -521,6 +521,9 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   expect_refused(sparsify("teal", {}), {"--calib", "teal"});
   expect_refused(sparsify("topk", {"--calib-stream", "dense"}), {"--calib-stream", "topk"});
   expect_refused(sparsify("topk", {"--rotate", "off"}), {"--rotate", "topk"});
+  expect_refused(sparsify("topk", {"--budget-includes-adapter"}), {"--budget-includes-adapter", "topk"});
+  expect_refused(sparsify("topk", {"--currency", "absolute"}), {"--currency", "uniform"});
+  expect_refused(sparsify("teal", {"--allocation", "lagrangian", "--calib", text()}), {"lagrangian", "teal"});
   expect_refused(sparsify("wina", {"--bases", "separate"}), {"--bases", "wina"});
   expect_refused(sparsify("wina", {"--score", "norm"}), {"--score", "wina"});
   expect_refused(sparsify("larosa", {"--bases", "h1", "--pool", "on", "--calib", text()}),

@@ -595,6 +595,32 @@ TEST_F(Sparsify, ThresholdsThatDropNothingEqualDense) {  // law 1
   EXPECT_EQ(all_logits(model, *backend_, tokens, 12), all_logits(model, *backend_, tokens, 12, true));
 }
 
+TEST_F(Sparsify, AdaptersCountInTheBudget) {
+  for (const auto& adapters : {std::optional<DType>(), std::optional(DType::int8)}) {
+    for (const Source source : {Source::pooled, Source::separate}) {
+      TemporaryDir dir;
+      SparsifyOptions options = with_sparsity(0.4);
+      options.count_adapters = true;
+      options.types.adapters = adapters;
+      options.choice.source = source;
+      make(demo_model(), dir / "out", options);
+      const Model model = load_model(dir / "out");
+      const TokenBytes bytes = token_bytes(model);
+      EXPECT_GT(bytes.adapters, 0);
+      EXPECT_NEAR(static_cast<double>(bytes.projections + bytes.adapters) /
+                      static_cast<double>(bytes.projections_dense),
+                  0.6, 0.005);
+      EXPECT_EQ(model.plan.sparsity, 0.4);
+      EXPECT_EQ(model.plan.notes.at("budget"), "with adapters");
+    }
+  }
+  SparsifyOptions options = with_sparsity(0.94);
+  options.count_adapters = true;
+  TemporaryDir dir;
+  EXPECT_NE(message_of([&] { make(demo_model(), dir / "out", options); }).find("--budget-includes-adapter"),
+            std::string::npos);
+}
+
 TEST_F(Sparsify, AllocationsReachTheBudget) {  // law 7
   const std::string source = source_path("tests/golden/models/llama3.1-f32");
   for (const char* method : {"larosa", "wina"}) {

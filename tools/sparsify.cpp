@@ -26,7 +26,7 @@ struct Flags {
                              embed_weights, rounding;
   double sparsity = 0.5;
   int64_t calib_tokens = 0, basis_layers = 1;
-  bool check_tensors = false;
+  bool check_tensors = false, count_adapters = false;
   MachineOptions machine;
 };
 
@@ -134,9 +134,12 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
   if (!quantises(options.types) && app.get_option("--rounding")->count() > 0)
     fail("--rounding: --weights ", f.weights, " are not quantised");
   const auto adapts = [](const LayerPlan& layer) { return layer.adapter || layer.middle; };
-  if (std::none_of(plan.layers.begin(), plan.layers.end(), adapts) &&
-      app.get_option("--adapter-weights")->count() > 0)
-    fail("--adapter-weights: method ", f.method, " in this form has no adapters");
+  if (std::none_of(plan.layers.begin(), plan.layers.end(), adapts)) {
+    for (const char* option : {"--adapter-weights", "--budget-includes-adapter"}) {
+      if (app.get_option(option)->count() > 0)
+        fail(option, ": method ", f.method, " in this form has no adapters");
+    }
+  }
   if (plan.layers[0] == trained_layer(load_config(f.model))) {
     for (const char* option : {"--sparsity", "--score", "--site-scale", "--allocation"}) refuse(option);
   }
@@ -170,6 +173,7 @@ int run(Flags& f, const CLI::App& app) {
   options.gptq = quantises(options.types) &&
                  (f.rounding.empty() ? options.types.weights == DType::int4 : f.rounding == "gptq");
   options.check_tensors = f.check_tensors;
+  options.count_adapters = f.count_adapters;
   options.progress = !f.machine.no_progress;
   refuse_unused(f, app, options, plan_model(find_method(f.method), load_config(f.model), choice));
   int64_t window = 1;
@@ -197,6 +201,8 @@ std::function<int()> setup_sparsify(CLI::App& app) {
   app.add_option("--sparsity", f->sparsity,
                  "Share of the projections' weight bytes that a token does not read, 0 to 0.95")
       ->capture_default_str();
+  app.add_flag("--budget-includes-adapter", f->count_adapters,
+               "Count the adapters' bytes as read: the projections drop so much more");
   app.add_option("--site-scale", f->site_scale, "Relative sparsity of h1,h2,h3,h4")->capture_default_str();
   app.add_option(
          "--allocation", f->allocation,

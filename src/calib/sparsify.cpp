@@ -72,6 +72,7 @@ nlohmann::json options_json(const SparsifyOptions& options) {
   const Choice& choice = options.choice;
   return {{"method", options.method},
           {"sparsity", choice.sparsity},
+          {"count_adapters", options.count_adapters},
           {"site_scale", choice.site_scale},
           {"form", static_cast<int>(choice.form)},
           {"score", static_cast<int>(choice.score)},
@@ -102,8 +103,9 @@ class Job {
         config_(load_config(options.source)),
         checkpoint_(Checkpoint::open(options.source)),
         method_(find_method(options.method)),
-        wants_(method_.wants(options.choice)),
-        by_text_(plans_by_text(method_, options.choice)),
+        choice_(options.choice),
+        wants_(method_.wants(choice_)),
+        by_text_(plans_by_text(method_, choice_)),
         gptq_(options.gptq && options.types.weights && quantised(*options.types.weights)),
         output_(vacant_path(options.output)),
         partial_(output_ + ".partial") {}
@@ -198,8 +200,17 @@ class Job {
 
   /// The plan before anything was measured: layers at uniform levels, everything else as it will be.
   void outline_plan() {
-    const Choice& choice = options_.choice;
+    const Choice& choice = choice_;
     plan_ = plan_model(method_, config_, choice);
+    if (options_.count_adapters) {
+      choice_.sparsity += adapter_share();
+      if (choice_.sparsity > kMostSparse)
+        fail("--budget-includes-adapter: the projections would have to drop ", choice_.sparsity, ", at most ",
+             kMostSparse, " is possible");
+      plan_ = plan_model(method_, config_, choice);
+      plan_.sparsity = options_.choice.sparsity;
+      plan_.notes["budget"] = "with adapters";
+    }
     plan_.fingerprint = checkpoint_.fingerprint();
     const StoredTypes& types = options_.types;
     plan_.notes["weights"] = type_name(types.weights);
@@ -224,6 +235,23 @@ class Job {
       plan_.notes["calibration_window"] = std::to_string(window_);
     }
     validate(plan_, plan_shape(config_), options_.source);
+  }
+
+  /// Bytes of the outline's adapters over those of all projections.
+  double adapter_share() const {
+    const LayerWeights weights = load_layer(checkpoint_, config_, 0);
+    const StoredTypes& types = options_.types;
+    const DType adapter = types.adapters.value_or(weights[Projection::wo].dtype);
+    int64_t one = config_.dim * line_bytes(adapter, config_.dim);
+    if (quantised(adapter)) one += std::min(kAdapterTop, config_.dim) * config_.dim * dtype_size(DType::f32);
+    int64_t adapters = 0, projections = 0;
+    for (const LayerPlan& layer : plan_.layers) {
+      adapters += (layer.middle ? one : 0) + (layer.adapter ? one : 0);
+      for (const Projection p : kProjections)
+        projections += projection_in(config_, p) *
+                       line_bytes(types.weights.value_or(weights[p].dtype), projection_out(config_, p));
+    }
+    return static_cast<double>(adapters) / static_cast<double>(projections);
   }
 
   /// Everything that decides a byte of the output: what was asked for, not what calibration makes of it.
@@ -253,7 +281,7 @@ class Job {
 
   /// The dense model's moments, layer after layer, and the bases of layers that share them at the last one's.
   void calibrate() {
-    const Choice& choice = options_.choice;
+    const Choice& choice = choice_;
     int64_t finished = 0;
     while (finished < config_.layers && fs::exists(basis_file(finished))) ++finished;
     if (finished == config_.layers) return tick(config_.layers * windows(), "calibration found");
@@ -289,7 +317,7 @@ class Job {
     for (int64_t l = first; l <= last; ++l) {
       std::swap(group[0].heads, group[static_cast<size_t>(l - first)].heads);
       const LayerWeights weights = load_layer(checkpoint_, config_, l);
-      Bases bases = method_.bases({config_, options_.choice, weights, group[0], pool_});
+      Bases bases = method_.bases({config_, choice_, weights, group[0], pool_});
       if (l == first) {
         shared.stream = bases.stream;
         shared.mlp = bases.mlp;
@@ -306,7 +334,7 @@ class Job {
     for (int64_t l = 0; l < config_.layers; ++l) {
       const LayerWeights weights = load_layer(checkpoint_, config_, l);
       if (!fs::exists(basis_file(l)))
-        write_bases(l, method_.bases({config_, options_.choice, weights, Moments{}, pool_}));
+        write_bases(l, method_.bases({config_, choice_, weights, Moments{}, pool_}));
       tick(kFoldUnits, layer_note("basis of", l));
     }
   }
@@ -367,7 +395,7 @@ class Job {
     int64_t window = 0;
     const std::vector<int32_t> tokens = planning_tokens(window);
     Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, pool_, tokens, window);
-    const Bases first = options_.choice.form == Form::folded ? read_bases(0) : Bases{};
+    const Bases first = choice_.form == Form::folded ? read_bases(0) : Bases{};
     if (!first.stream.empty()) calibration.turn(first.stream);
     std::vector<Curve> curves;
     for (int64_t l = 0; l < config_.layers; ++l) {
@@ -384,10 +412,10 @@ class Job {
     validate(plan_, plan_shape(config_), partial_);
   }
 
-  bool lagrangian() const { return options_.choice.allocation == Allocation::lagrangian; }
+  bool lagrangian() const { return choice_.allocation == Allocation::lagrangian; }
 
   LayerTask task_of(int64_t l) const {
-    const Choice& choice = options_.choice;
+    const Choice& choice = choice_;
     return {config_, choice, l, uniform_levels(config_, choice.sparsity, choice.site_scale)};
   }
 
@@ -409,7 +437,7 @@ class Job {
       write_found(l, plan_to_json(one));
     }
     if (!lagrangian()) layer.plan = plan_from(l);
-    const bool thinned = wants_.magnitudes && options_.choice.stream == Stream::thinned;
+    const bool thinned = wants_.magnitudes && choice_.stream == Stream::thinned;
     if (l + 1 < config_.layers) calibration.walk(layer, l, Pass{!thinned, nullptr}, throw_if_interrupted);
     fs::remove(folded);
   }
@@ -440,7 +468,7 @@ class Job {
 
   /// The layers' plans from the curves of all of them.
   void share_out(const std::vector<Curve>& curves) {
-    const std::vector<double> levels = lagrangian_levels(curves, options_.choice.sparsity);
+    const std::vector<double> levels = lagrangian_levels(curves, choice_.sparsity);
     auto level = levels.begin();
     for (int64_t l = 0; l < config_.layers; ++l) {
       LayerTask task = task_of(l);
@@ -465,14 +493,9 @@ class Job {
     const Bases bases = read_bases(l);
     Bases next;
     if (plan.adapter) next = read_bases(l + 1);
-    const FoldJob job{config_,
-                      weights,
-                      bases,
-                      plan.adapter ? &next : nullptr,
-                      plan,
-                      options_.choice.form,
-                      options_.choice.after_gain,
-                      types};
+    const FoldJob job{
+        config_, weights, bases, plan.adapter ? &next : nullptr, plan, choice_.form, choice_.after_gain,
+        types};
     std::vector<FoldedTensor> tensors;
     fold_layer(job, l, pool_, [&](FoldedTensor&& tensor) {
       throw_if_interrupted();
@@ -562,11 +585,11 @@ class Job {
     if (fs::exists(path)) return tick(kFoldUnits, "embedding");
     const OuterWeights outer = load_outer(checkpoint_, config_);
     Bases first, last;
-    if (options_.choice.form == Form::folded) {
+    if (choice_.form == Form::folded) {
       first = read_bases(0);
       last = read_bases(config_.layers - 1);
     }
-    const bool rewrites = rewrites_stream(options_.choice.form, first);
+    const bool rewrites = rewrites_stream(choice_.form, first);
     const DType embed = options_.types.embed.value_or(outer.embed.dtype);
     const DType head = options_.types.head.value_or(outer.head.dtype);
     // A quantised head is read by channels, the embedding by rows: they are never one tensor.
@@ -659,6 +682,7 @@ class Job {
   ModelConfig config_;
   Checkpoint checkpoint_;
   const Method& method_;
+  Choice choice_;  // its sparsity is that of the projections
   Wants wants_;
   bool by_text_;  // layers' plans wait for the text
   bool gptq_;

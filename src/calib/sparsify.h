@@ -17,6 +17,7 @@ struct SparsifyOptions {
   std::string output;  // directory to make; work in progress stands in "<output>.partial"
   std::string method = "larosa";
   Choice choice;
+  bool count_adapters = false;  // choice.sparsity is what is saved with the adapters' bytes counted as read
   StoredTypes types;
   bool gptq = false;             // quantised projections are rounded by GPTQ (needs tokens), else to nearest
   std::string calibration_name;  // for the plan's notes
