@@ -24,7 +24,7 @@ struct Flags {
                              site_scale = "1,1,1,1", allocation = "uniform", currency = "relative",
                              calib_stream = "thinned", weights = "source", adapter_weights, head_weights,
                              embed_weights, rounding;
-  double sparsity = 0.5;
+  double sparsity = 0.5, mix = Choice{}.mix;
   int64_t calib_tokens = 0, basis_layers = 1;
   bool check_tensors = false, count_adapters = false;
   MachineOptions machine;
@@ -122,6 +122,8 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
   if (choice.allocation != Allocation::lagrangian && app.get_option("--currency")->count() > 0)
     fail("--currency: --allocation ", f.allocation, " does not use it");
   if (wants.magnitudes) refuse("--score");
+  const auto has_rank = [](const Group& group) { return group.rank > 0; };
+  if (f.mix < 1 && std::ranges::none_of(plan.layers[0].groups, has_rank)) refuse("--mix");
   if (!wants.magnitudes) refuse("--calib-stream");
   if (!needs_text(options)) {
     refuse("--calib-tokens");
@@ -166,6 +168,7 @@ int run(Flags& f, const CLI::App& app) {
                                                      : Allocation::uniform;
   choice.currency = f.currency == "absolute" ? Currency::absolute : Currency::relative;
   choice.stream = f.calib_stream == "dense" ? Stream::dense : Stream::thinned;
+  choice.mix = f.mix;
   choice.after_gain = f.select == "gained";
   if (choice.after_gain && choice.form == Form::folded)
     fail("--select gained: only --form simulate can thin after the RMSNorm gain");
@@ -194,7 +197,8 @@ std::function<int()> setup_sparsify(CLI::App& app) {
   const auto on_off = CLI::IsMember({"on", "off"});
   app.add_option("model,-m,--model", f->model, "Hugging Face directory")->required();
   app.add_option("-o,--output", f->output, "Directory to write")->required();
-  app.add_option("--method", f->method, "larosa, topk, teal, wina or dense")->capture_default_str();
+  app.add_option("--method", f->method, "larosa, topk, teal, wina, cats, rsparse or dense")
+      ->capture_default_str();
   app.add_option("--preset", f->preset,
                  "paper: the published combination (simulate, thinned after the gain, basis from h1, .8/1.2)")
       ->check(CLI::IsMember({"paper"}));
@@ -217,9 +221,14 @@ std::function<int()> setup_sparsify(CLI::App& app) {
       ->capture_default_str();
   app.add_option(
          "--calib-stream", f->calib_stream,
-         "teal only: cuts are chosen for the stream that thinned layers pass on, or for the dense one "
-         "(as published; drops more than asked for)")
+         "teal, cats, rsparse: cuts are chosen for the stream that thinned layers pass on, or for the "
+         "dense one (as published; drops more than asked for)")
       ->check(CLI::IsMember({"thinned", "dense"}))
+      ->capture_default_str();
+  app.add_option(
+         "--mix", f->mix,
+         "rsparse only: share of a projection's bytes that its channels get; the rest is a product of "
+         "low rank")
       ->capture_default_str();
   app.add_option("--calib", f->calib, "Calibration text (- for standard input)");
   app.add_option("--calib-tokens", f->calib_tokens,

@@ -133,6 +133,15 @@ class LayerFolder {
     matrix(projection_name(p), by_channels ? m : transposed(m), dtype);
   }
 
+  /// The product that its dropped entries go through.
+  void add_low_rank(Projection p, const Matrix& m, DType dtype) {
+    if (rank_ == 0) return;
+    const auto [in, out] = low_rank(m, rank_, pool_);
+    const std::string name = projection_name(p);
+    matrix(name + ".low_in", in, dtype);
+    matrix(name + ".low_out", out, dtype);
+  }
+
   void adapter(const std::string& name, const Matrix& from, const Matrix& to) {
     Matrix change = multiply_transposed(from, to, pool_);
     const DType dtype = job_.types.adapters.value_or(job_.weights[Projection::wo].dtype);
@@ -150,6 +159,7 @@ class LayerFolder {
 
   void fold_group(const Group& group) {
     const Site site = site_of(group.projections[0]);
+    rank_ = group.rank;
     std::vector<double> square(static_cast<size_t>(projection_in(job_.config, group.projections[0])));
     for (Projection p : group.projections) fold_projection(p, group.rule.scaled ? &square : nullptr);
     const std::string first = projection_name(group.projections[0]);
@@ -173,7 +183,8 @@ class LayerFolder {
     if (!folded_) {
       // Weights with the gain merged are stored wide: simulate shows a choice without storage rounding.
       const DType as_it_is = reads_stream && merges_gain_ ? DType::f32 : source.dtype;
-      projection(p, m, job_.types.weights.value_or(as_it_is));
+      projection(p, m, job_.types.projection(as_it_is));
+      add_low_rank(p, m, job_.types.low(as_it_is));
       if (source.bias) vector(std::string(projection_name(p)) + ".bias", source.bias, source.out);
     }
     turn_inputs(site, m);
@@ -184,7 +195,8 @@ class LayerFolder {
     }
     if (!folded_) return;
     turn_outputs(p, m);
-    projection(p, m, job_.types.weights.value_or(source.dtype));
+    projection(p, m, job_.types.projection(source.dtype));
+    add_low_rank(p, m, job_.types.low(source.dtype));
     if (source.bias) {
       Matrix bias(1, source.out);
       std::copy_n(source.bias, source.out, bias.row(0));
@@ -208,6 +220,7 @@ class LayerFolder {
   ThreadPool& pool_;
   const std::function<void(FoldedTensor&&)>& emit_;
   const std::string prefix_;
+  int64_t rank_ = 0;  // of the group at hand
   const bool folded_, turns_stream_, turns_heads_, merges_gain_;
 };
 

@@ -18,10 +18,13 @@ uint32_t size_bits(float x) {
 
 }  // namespace
 
-void Magnitudes::add(Mat entries) {
+void Magnitudes::add(Mat entries, const float* scale) {
   bins_.resize(kBins);
   for (int64_t t = 0; t < entries.rows; ++t) {
-    for (int64_t i = 0; i < entries.cols; ++i) ++bins_[size_bits(entries.row(t)[i]) >> kDropped];
+    for (int64_t i = 0; i < entries.cols; ++i) {
+      const float x = entries.row(t)[i];
+      ++bins_[size_bits(scale ? x * scale[i] : x) >> kDropped];
+    }
   }
   count_ += entries.rows * entries.cols;
 }

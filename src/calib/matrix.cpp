@@ -113,4 +113,18 @@ Matrix eigenbasis(const Matrix& h, double damping) {
   return q;
 }
 
+std::pair<Matrix, Matrix> low_rank(const Matrix& m, int64_t rank, ThreadPool& pool) {
+  const bool tall = m.rows > m.cols;
+  const int64_t d = std::min(m.rows, m.cols);
+  CHECK(rank <= d);
+  Matrix gram(d, d);
+  add_second_moment(tall ? m : transposed(m), gram, pool);
+  const Matrix all = eigenbasis(gram, 0);
+  Matrix leading(d, rank);
+  for (int64_t i = 0; i < d; ++i) std::copy_n(all.row(i), rank, leading.row(i));
+  if (tall) return {multiply(m, leading, pool), transposed(leading)};
+  Matrix rest = multiply_transposed(leading, m, pool);
+  return {std::move(leading), std::move(rest)};
+}
+
 }  // namespace larosa

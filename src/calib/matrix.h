@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "base/types.h"
@@ -31,6 +32,11 @@ struct Matrix {
 Matrix multiply(const Matrix& a, const Matrix& b, ThreadPool& pool);
 /// Aᵀ B.      A (K, M), B (K, N)
 Matrix multiply_transposed(const Matrix& a, const Matrix& b, ThreadPool& pool);
+/// (A (D, rank), B (rank, N)): the product A B of that rank that is nearest to m (D, N), its truncated
+/// singular value decomposition. From the Gram matrix of the shorter side: what is lost to squaring lies far
+/// below the singular values that are kept.
+std::pair<Matrix, Matrix> low_rank(const Matrix& m, int64_t rank, ThreadPool& pool);
+
 /// Aᵀ.
 Matrix transposed(const Matrix& a);
 /// H += Xᵀ X, upper triangle only.     X (T, D), H (D, D)

@@ -10,10 +10,10 @@
 
 namespace larosa {
 
-extern const Method kDense, kTopk, kLarosa, kTeal, kWina;
+extern const Method kDense, kTopk, kLarosa, kTeal, kWina, kCats, kRsparse;
 
 std::span<const Method> methods() {
-  static const std::array<Method, 5> table = {kLarosa, kTopk, kTeal, kWina, kDense};
+  static const std::array<Method, 7> table = {kLarosa, kTopk, kTeal, kWina, kCats, kRsparse, kDense};
   return table;
 }
 
@@ -96,6 +96,8 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
     plan.notes["rotate"] = choice.rotate ? "on" : "off";
   else if (!wants.magnitudes)
     plan.notes["score"] = choice.score == Score::norm ? "norm" : "magnitude";
+  if (std::ranges::any_of(plan.layers[0].groups, [](const Group& group) { return group.rank > 0; }))
+    plan.notes["mix"] = std::to_string(choice.mix);
   if (choice.allocation != Allocation::uniform) {
     plan.notes["allocation"] = choice.allocation == Allocation::greedy ? "greedy" : "lagrangian";
     if (choice.allocation == Allocation::lagrangian && choice.currency == Currency::absolute)

@@ -50,6 +50,7 @@ struct Choice {
   Allocation allocation = Allocation::uniform;
   Currency currency = Currency::relative;
   Stream stream = Stream::thinned;
+  double mix = 0.95;        // rsparse: share of a projection's bytes that channels get, the rest is low-rank
   bool after_gain = false;  // thin after the RMSNorm gain, as the published simulation does (simulate only)
 };
 
@@ -93,7 +94,8 @@ using Levels = std::array<double, 7>;  // by Projection
 /// How large the entries of one site are: |x| counted in bins of 1/2048 of an octave.
 class Magnitudes {
  public:
-  void add(Mat entries);
+  /// |x_i|·scale_i of every row, scale null: ones.
+  void add(Mat entries, const float* scale = nullptr);
   /// Least bin edge with at least `level` of the entries at or below it; 0 for less than half an entry.
   /// Throws Error when that is no finite number.
   float quantile(double level) const;
@@ -104,7 +106,12 @@ class Magnitudes {
   std::vector<int64_t> bins_;
   int64_t count_ = 0;
 };
-using SiteMagnitudes = std::array<Magnitudes, 4>;  // by Site
+/// Of one layer: by Site; of a(gate); and by group, of the scores of groups whose rule is scaled.
+struct LayerMagnitudes {
+  std::array<Magnitudes, 4> sites;
+  Magnitudes neurons;
+  std::vector<Magnitudes> scores;
+};
 
 /// What a layer's plan is made from.
 struct LayerTask {
@@ -112,7 +119,7 @@ struct LayerTask {
   const Choice& choice;
   int64_t layer;
   Levels levels;
-  const SiteMagnitudes* magnitudes = nullptr;  // for methods that want them; null: an outline is enough
+  const LayerMagnitudes* magnitudes = nullptr;  // for methods that want them; null: an outline is enough
 };
 
 /// A row of the methods table.

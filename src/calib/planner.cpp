@@ -26,7 +26,7 @@ std::vector<Curve> find_curves(const Method& method, LayerTask task, Layer& laye
 
 LayerPlan find_plan(const Method& method, LayerTask task, Layer& layer, Calibration& calibration) {
   const bool cuts = method.wants(task.choice).magnitudes;
-  SiteMagnitudes seen;
+  LayerMagnitudes seen;
   if (cuts) {
     seen = calibration.magnitudes(layer, task.layer, Pass{true, nullptr});
     task.magnitudes = &seen;

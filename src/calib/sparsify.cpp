@@ -80,6 +80,7 @@ nlohmann::json options_json(const SparsifyOptions& options) {
           {"basis_layers", choice.basis_layers},
           {"rotate", choice.rotate},
           {"rotate_h2", choice.rotate_h2},
+          {"mix", choice.mix},
           {"after_gain", choice.after_gain},
           {"allocation", static_cast<int>(choice.allocation)},
           {"stream", static_cast<int>(choice.stream)},
@@ -213,6 +214,11 @@ class Job {
     }
     plan_.fingerprint = checkpoint_.fingerprint();
     const StoredTypes& types = options_.types;
+    const LayerPlan& first = plan_.layers[0];
+    if (first.neurons.select != Select::all && first != trained_layer(config_) && types.weights &&
+        quantised(*types.weights))
+      fail("--weights ", dtype_name(*types.weights), ": method ", method_.name,
+           " reads up by outputs, which quantised lines are not, expected f32, f16 or bf16");
     plan_.notes["weights"] = type_name(types.weights);
     const auto adapts = [](const LayerPlan& layer) { return layer.adapter || layer.middle; };
     if (std::any_of(plan_.layers.begin(), plan_.layers.end(), adapts))
@@ -536,6 +542,7 @@ class Job {
   void round_layer(Calibration& calibration, const fs::path& path, int64_t l) {
     const fs::path folded = fs::path(partial_) / kFoldedFile;
     StoredTypes types = options_.types;
+    types.low_rank = types.weights;
     types.weights = DType::f32;
     fold_to(folded, l, types);
     std::vector<FoldedTensor> tensors;

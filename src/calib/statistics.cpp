@@ -64,11 +64,23 @@ class ReadObserver : public Observer {
 
 class MagnitudeObserver : public Observer {
  public:
-  explicit MagnitudeObserver(SiteMagnitudes& magnitudes) : magnitudes_(magnitudes) {}
-  void see(Site site, Mat entries, Mat) override { magnitudes_[static_cast<size_t>(site)].add(entries); }
+  MagnitudeObserver(const Layer& layer, LayerMagnitudes& magnitudes)
+      : layer_(layer), magnitudes_(magnitudes) {
+    magnitudes_.scores.resize(layer.groups.size());
+  }
+  void see(Site site, Mat entries, Mat) override {
+    magnitudes_.sites[static_cast<size_t>(site)].add(entries);
+    for (size_t g = 0; g < layer_.groups.size(); ++g) {
+      const float* scale = layer_.groups[g].scale;
+      if (scale && site_of(layer_.plan.groups[g].projections[0]) == site)
+        magnitudes_.scores[g].add(entries, scale);
+    }
+  }
+  void see_neurons(Mat a) override { magnitudes_.neurons.add(a); }
 
  private:
-  SiteMagnitudes& magnitudes_;
+  const Layer& layer_;
+  LayerMagnitudes& magnitudes_;
 };
 
 /// The layer in place, wherever the decoder leaves its result.
@@ -207,9 +219,9 @@ void Calibration::observe(const Layer& layer, int64_t l, const Pass& pass,
   }
 }
 
-SiteMagnitudes Calibration::magnitudes(const Layer& layer, int64_t l, const Pass& pass) {
-  SiteMagnitudes magnitudes;
-  MagnitudeObserver observer(magnitudes);
+LayerMagnitudes Calibration::magnitudes(const Layer& layer, int64_t l, const Pass& pass) {
+  LayerMagnitudes magnitudes;
+  MagnitudeObserver observer(layer, magnitudes);
   observe(layer, l, Pass{pass.dense, &observer}, throw_if_interrupted);
   return magnitudes;
 }

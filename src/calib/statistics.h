@@ -66,7 +66,7 @@ class Calibration {
   std::vector<Matrix> read_moments(const Layer& layer, int64_t l, const std::function<void()>& tick);
 
   /// How large what passes the layer's sites is, dense or as its plan says, without moving on.
-  SiteMagnitudes magnitudes(const Layer& layer, int64_t l, const Pass& pass);
+  LayerMagnitudes magnitudes(const Layer& layer, int64_t l, const Pass& pass);
 
   /// The layer with the first tokens of some windows.
   Trial trial(Layer& layer, int64_t l);

@@ -247,7 +247,8 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
     layer.plan = layer_plan;
     LayerWeights& w = layer.weights;
     for (Projection p : kProjections) {
-      w[p] = filler.weight(projection_in(c, p), projection_out(c, p), options.weights, Layout::channels);
+      w[p] = filler.weight(projection_in(c, p), projection_out(c, p), options.weights,
+                           stored_layout(layer_plan, p, quantised(options.weights)));
       if (c.bias_qkv && site_of(p) == Site::h1) w[p].bias = filler.vector(w[p].out);
       if (c.bias_o && p == Projection::wo) w[p].bias = filler.vector(w[p].out);
     }
@@ -261,6 +262,12 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
       if (group.rule.rotated) fail("random model: run-time bases are not made");
       GroupData data;
       if (group.rule.scaled) data.scale = filler.scale(projection_in(c, group.projections[0]));
+      for (const Projection p : group.projections) {
+        if (group.rank == 0) break;
+        data.low.push_back(
+            {filler.weight(projection_in(c, p), group.rank, options.weights, Layout::channels),
+             filler.weight(group.rank, projection_out(c, p), options.weights, Layout::channels)});
+      }
       layer.groups.push_back(data);
     }
     if (layer_plan.middle) layer.middle = filler.adapter(adapters);

@@ -14,7 +14,7 @@ LayerPlan plan(const LayerTask& task) {
     const double level = task.levels[static_cast<size_t>(p)];
     rule.keep = keep_of(dim, level);
     if (task.magnitudes) {
-      const Magnitudes& seen = (*task.magnitudes)[static_cast<size_t>(site_of(p))];
+      const Magnitudes& seen = task.magnitudes->sites[static_cast<size_t>(site_of(p))];
       rule.cut = seen.quantile(level);
       rule.keep = keep_of(dim, 1.0 - seen.share_above(rule.cut));
     }
