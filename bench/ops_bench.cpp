@@ -66,6 +66,21 @@ void gemv(State& state, Shape shape, DType dtype, Layout layout, double keep) {
   state.counters["of_read"] = Counter(bytes * 1e-9 / read_bandwidth(), Counter::kIsIterationInvariantRate);
 }
 
+/// The kept outputs of a weight in rows layout.
+void outputs(State& state, Shape shape, DType dtype, double keep) {
+  Random random(1);
+  const Rows x = Rows(1, shape.in).fill(random), score = Rows(1, shape.out).fill(random), y(1, shape.out);
+  const auto kept = cpu()->make_selection(1, shape.out);
+  const int64_t count = static_cast<int64_t>(keep * static_cast<double>(shape.out));
+  cpu()->topk(score.mat, nullptr, count, *kept);
+  Turns turns(shape, dtype, Layout::rows);
+  for (auto _ : state) cpu()->matmul_outputs(x.mat, *kept, {turns.next(), y.mat, false});
+  const double bytes = static_cast<double>(count * line_bytes(dtype, shape.in));
+  using Counter = benchmark::Counter;
+  state.counters["GB/s"] = Counter(bytes * 1e-9, Counter::kIsIterationInvariantRate);
+  state.counters["of_read"] = Counter(bytes * 1e-9 / read_bandwidth(), Counter::kIsIterationInvariantRate);
+}
+
 void matmul(State& state, int64_t rows, Shape shape, DType dtype, Layout layout, Products products) {
   Random random(1);
   const Rows x = Rows(rows, shape.in, 0).fill(random), y(rows, shape.out, 0);
@@ -142,6 +157,13 @@ void add_all() {
   for (const Shape s : {Shape{2048, 128256 / 2}, Shape{4096, 4096}}) {
     for (const DType dtype : kTypes)
       add(name_of("gemv", s, dtype, Layout::rows), gemv, s, dtype, Layout::rows, 1.0);
+  }
+  for (const Shape s : {Shape{2048, 8192}, Shape{4096, 11008}}) {
+    for (const DType dtype : types(Layout::rows)) {
+      for (const double keep : {1.0, 0.5, 0.25, 0.1})
+        add(name_of("outputs", s, dtype, Layout::rows) + "/keep:" + std::to_string(keep), outputs, s, dtype,
+            keep);
+    }
   }
   for (const Products products : {Products::f32, Products::bf16}) {
     for (const Shape s : {Shape{768, 2048}, Shape{2048, 768}, Shape{768, 16384}}) {

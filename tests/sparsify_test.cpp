@@ -8,8 +8,10 @@
 
 #include <chrono>
 #include <csignal>
+#include <functional>
 #include <set>
 #include <thread>
+#include <tuple>
 
 #include "base/error.h"
 #include "base/progress.h"
@@ -206,6 +208,56 @@ TEST_F(Sparsify, WinaMakesChannelsOrthogonal) {
                             [](const Group& g) { return g.rule.scaled; }),
               2);
   }
+}
+
+/// Neurons left out, and dropped entries through products of low rank: the budget with everything that is
+/// read.
+TEST_F(Sparsify, CatsAndRsparseReachTheirBudget) {
+  for (const auto& [method, sparsity] : {std::pair{"cats", 0.3}, {"rsparse", 0.4}}) {
+    SCOPED_TRACE(method);
+    TemporaryDir dir;
+    SparsifyOptions options = with_sparsity(sparsity);
+    options.method = method;
+    options.choice.mix = 0.8;
+    make(demo_model(), dir / "out", options);
+    const Model model = load_model(dir / "out");
+    EXPECT_NEAR(weight_sparsity(model.plan, plan_shape(model.config)), sparsity, 0.01);
+    EXPECT_NEAR(token_bytes(model).sparsity(), sparsity, 0.01);
+    EXPECT_EQ(token_bytes(model).low_rank > 0, std::string(method) == "rsparse");
+    EXPECT_EQ(model_bytes(model), model.checkpoint->bytes());
+    const auto tokens = some_tokens(model.config.vocab, 4);
+    const auto dense = all_logits(model, *backend_, tokens, tokens.size(), true);
+    const auto sparse = all_logits(model, *backend_, tokens, tokens.size());
+    const double off = relative_rms(sparse, dense);
+    EXPECT_GT(off, 0.01);
+    EXPECT_LT(off, 0.7);
+    EXPECT_LT(relative_rms(all_logits(model, *make_ref_backend(), tokens, 1), sparse), 0.01);
+  }
+}
+
+TEST_F(Sparsify, CatsAndRsparseRefuse) {
+  const auto refused = [&](const char* method, double sparsity,
+                           const std::function<void(SparsifyOptions&)>& change) {
+    TemporaryDir dir;
+    SparsifyOptions options = with_sparsity(sparsity);
+    options.method = method;
+    change(options);
+    const std::string message = message_of([&] { make(demo_model(), dir / "out", options); });
+    EXPECT_FALSE(std::filesystem::exists(dir / "out"));
+    return message;
+  };
+  EXPECT_NE(refused("cats", 0.6, [](SparsifyOptions&) {}).find("expected at most 0.4"), std::string::npos);
+  EXPECT_NE(
+      refused("cats", 0.3, [](SparsifyOptions& o) { o.types.weights = DType::int8; }).find("--weights int8"),
+      std::string::npos);
+  EXPECT_NE(
+      refused("cats", 0.3, [](SparsifyOptions& o) { o.choice.allocation = Allocation::greedy; }).find("cats"),
+      std::string::npos);
+  EXPECT_NE(
+      refused("rsparse", 0.3, [](SparsifyOptions& o) { o.types.weights = DType::int4; }).find("low rank"),
+      std::string::npos);
+  EXPECT_NE(refused("rsparse", 0.3, [](SparsifyOptions& o) { o.choice.mix = 1.5; }).find("--mix 1.5"),
+            std::string::npos);
 }
 
 /// Models that are trained to be sparse: what their own plan skips changes no bit, neither as they came nor

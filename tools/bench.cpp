@@ -201,7 +201,7 @@ Row make_row(const Flags& f, const Model& model, const Reading& reading, int64_t
   Row row;
   row.method = reading.method;
   row.dense = !reading.sparse;
-  row.sparsity = 1 - static_cast<double>(bytes.projections) / static_cast<double>(bytes.projections_dense);
+  row.sparsity = bytes.sparsity();
   row.depth = depth;
   row.tokens = prompt ? f.prompt : f.gen;
   row.prompt = prompt;

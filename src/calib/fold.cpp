@@ -183,8 +183,8 @@ class LayerFolder {
     if (!folded_) {
       // Weights with the gain merged are stored wide: simulate shows a choice without storage rounding.
       const DType as_it_is = reads_stream && merges_gain_ ? DType::f32 : source.dtype;
-      projection(p, m, job_.types.projection(as_it_is));
-      add_low_rank(p, m, job_.types.low(as_it_is));
+      projection(p, m, job_.types.weights.value_or(as_it_is));
+      add_low_rank(p, m, job_.types.weights.value_or(as_it_is));
       if (source.bias) vector(std::string(projection_name(p)) + ".bias", source.bias, source.out);
     }
     turn_inputs(site, m);
@@ -195,8 +195,8 @@ class LayerFolder {
     }
     if (!folded_) return;
     turn_outputs(p, m);
-    projection(p, m, job_.types.projection(source.dtype));
-    add_low_rank(p, m, job_.types.low(source.dtype));
+    projection(p, m, job_.types.weights.value_or(source.dtype));
+    add_low_rank(p, m, job_.types.weights.value_or(source.dtype));
     if (source.bias) {
       Matrix bias(1, source.out);
       std::copy_n(source.bias, source.out, bias.row(0));

@@ -20,10 +20,6 @@ class ThreadPool;
 struct StoredTypes {
   std::optional<DType> weights;  // the seven projections
   std::optional<DType> adapters, head, embed;
-  std::optional<DType> low_rank;  // nothing: as the projections
-
-  DType projection(DType source) const { return weights.value_or(source); }
-  DType low(DType source) const { return low_rank.value_or(projection(source)); }
 };
 
 /// What happens to one layer's weights. Row vectors: stored (in, out), Wt' = B_inᵀ diag(gain) Wt B_out.

@@ -214,11 +214,7 @@ class Job {
     }
     plan_.fingerprint = checkpoint_.fingerprint();
     const StoredTypes& types = options_.types;
-    const LayerPlan& first = plan_.layers[0];
-    if (first.neurons.select != Select::all && first != trained_layer(config_) && types.weights &&
-        quantised(*types.weights))
-      fail("--weights ", dtype_name(*types.weights), ": method ", method_.name,
-           " reads up by outputs, which quantised lines are not, expected f32, f16 or bf16");
+    refuse_quantised_words();
     plan_.notes["weights"] = type_name(types.weights);
     const auto adapts = [](const LayerPlan& layer) { return layer.adapter || layer.middle; };
     if (std::any_of(plan_.layers.begin(), plan_.layers.end(), adapts))
@@ -258,6 +254,19 @@ class Job {
                        line_bytes(types.weights.value_or(weights[p].dtype), projection_out(config_, p));
     }
     return static_cast<double>(adapters) / static_cast<double>(projections);
+  }
+
+  /// Quantised lines run along the outputs of an input, in blocks of 128: no output can be left out, and
+  /// those of a low rank would be mostly padding.
+  void refuse_quantised_words() const {
+    const std::optional<DType>& weights = options_.types.weights;
+    const LayerPlan& layer = plan_.layers[0];
+    if (!weights || !quantised(*weights) || layer == trained_layer(config_)) return;
+    const auto has_rank = [](const Group& group) { return group.rank > 0; };
+    const bool ranks = std::ranges::any_of(layer.groups, has_rank);
+    if (layer.neurons.select == Select::all && !ranks) return;
+    fail("--weights ", dtype_name(*weights), ": method ", method_.name,
+         ranks ? " has products of low rank" : " reads up by outputs", ", expected f32, f16 or bf16");
   }
 
   /// Everything that decides a byte of the output: what was asked for, not what calibration makes of it.
@@ -542,7 +551,6 @@ class Job {
   void round_layer(Calibration& calibration, const fs::path& path, int64_t l) {
     const fs::path folded = fs::path(partial_) / kFoldedFile;
     StoredTypes types = options_.types;
-    types.low_rank = types.weights;
     types.weights = DType::f32;
     fold_to(folded, l, types);
     std::vector<FoldedTensor> tensors;

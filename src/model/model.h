@@ -113,6 +113,10 @@ struct TokenBytes {
   int64_t sparse(int64_t positions = 0) const {
     return projections + low_rank + adapters + thinning + outer + kv(positions);
   }
+  /// Share of the projections' bytes that is not read.
+  double sparsity() const {
+    return 1 - static_cast<double>(projections + low_rank) / static_cast<double>(projections_dense);
+  }
   /// The model as it came: every channel, no adapter, no score weights.
   int64_t dense(int64_t positions = 0) const { return projections_dense + outer + kv(positions); }
   /// Keys and values read by a token with `positions` earlier ones.
