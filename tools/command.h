@@ -19,10 +19,20 @@ std::function<int()> setup_sparsify(CLI::App& app);
 std::function<int()> setup_run(CLI::App& app);
 std::function<int()> setup_perplexity(CLI::App& app);
 std::function<int()> setup_eval(CLI::App& app);
+std::function<int()> setup_sweep(CLI::App& app);
 std::function<int()> setup_inspect(CLI::App& app);
 std::function<int()> setup_bench(CLI::App& app);
 std::function<int()> setup_devices(CLI::App& app);
 std::function<int()> setup_completion(CLI::App& app);
+
+struct SparsifyOptions;
+/// The options that a command line of sparsify asks for. Throws Error for what it would refuse.
+SparsifyOptions parse_sparsify(std::vector<std::string> arguments);
+/// True when they need a calibration text.
+bool needs_text(const SparsifyOptions& options);
+/// Windows of the calibration text, as sparsify takes them; wanted 0: its default. Sets the window's length.
+std::vector<int32_t> calibration_tokens(const std::string& model, const std::string& calib, int64_t wanted,
+                                        int64_t& window);
 
 /// Flags that every command that computes shares: -t/--threads, --device, --backend, --products,
 /// --no-progress.

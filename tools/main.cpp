@@ -28,6 +28,10 @@ constexpr std::array kCommands = {
             "larosa perplexity demo-50 -f text/demo.valid.txt --against models/demo-7m", setup_perplexity},
     Command{"eval", "Answer the questions of zero-shot tasks",
             "larosa eval demo-50 --tasks arc_easy,piqa --data tasks -o demo-50.json", setup_eval},
+    Command{"sweep", "Compare methods over sparsities and texts, with a report",
+            "larosa sweep models/demo-7m --methods larosa,topk --calib text/demo.calib.txt -f "
+            "text/demo.valid.txt -o demo-sweep",
+            setup_sweep},
     Command{"inspect", "Show what a model is and what a token costs", "larosa inspect demo-50",
             setup_inspect},
     Command{"bench", "Time a model, or any shape with random weights",

@@ -97,10 +97,14 @@ StoredTypes stored_types(const Flags& f) {
   return types;
 }
 
+}  // namespace
+
 bool needs_text(const SparsifyOptions& options) {
   const Method& method = find_method(options.method);
   return method.wants(options.choice).text() || plans_by_text(method, options.choice) || options.gptq;
 }
+
+namespace {
 
 /// A flag that the method would not look at is a misunderstanding.
 void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& options, const Plan& plan) {
@@ -147,7 +151,8 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
   }
 }
 
-int run(Flags& f, const CLI::App& app) {
+/// What the flags ask for, checked against the model's shape.
+SparsifyOptions read_options(Flags& f, const CLI::App& app) {
   apply_preset(f, app);
   if (f.output.empty()) fail("-o: is empty, expected a directory to write");
   SparsifyOptions options;
@@ -179,6 +184,11 @@ int run(Flags& f, const CLI::App& app) {
   options.count_adapters = f.count_adapters;
   options.progress = !f.machine.no_progress;
   refuse_unused(f, app, options, plan_model(find_method(f.method), load_config(f.model), choice));
+  return options;
+}
+
+int run(Flags& f, const CLI::App& app) {
+  SparsifyOptions options = read_options(f, app);
   int64_t window = 1;
   std::vector<int32_t> tokens;
   if (needs_text(options)) tokens = calibration_tokens(f, window);
@@ -190,10 +200,7 @@ int run(Flags& f, const CLI::App& app) {
   return 0;
 }
 
-}  // namespace
-
-std::function<int()> setup_sparsify(CLI::App& app) {
-  auto f = std::make_shared<Flags>();
+void declare(CLI::App& app, const std::shared_ptr<Flags>& f) {
   const auto on_off = CLI::IsMember({"on", "off"});
   app.add_option("model,-m,--model", f->model, "Hugging Face directory")->required();
   app.add_option("-o,--output", f->output, "Directory to write")->required();
@@ -282,7 +289,36 @@ std::function<int()> setup_sparsify(CLI::App& app) {
       ->check(CLI::IsMember({"nearest", "gptq"}));
   app.add_flag("--check-tensors", f->check_tensors, "Refuse tensors with NaN or infinity");
   f->machine.declare(app, nullptr, false);
+}
+
+}  // namespace
+
+std::function<int()> setup_sparsify(CLI::App& app) {
+  auto f = std::make_shared<Flags>();
+  declare(app, f);
   return [f, &app] { return run(*f, app); };
+}
+
+SparsifyOptions parse_sparsify(std::vector<std::string> arguments) {
+  auto f = std::make_shared<Flags>();
+  CLI::App app;
+  declare(app, f);
+  std::reverse(arguments.begin(), arguments.end());  // as CLI11 takes them
+  try {
+    app.parse(arguments);
+  } catch (const CLI::ParseError& e) {
+    fail(e.what(), " (larosa sparsify --help)");
+  }
+  return read_options(*f, app);
+}
+
+std::vector<int32_t> calibration_tokens(const std::string& model, const std::string& calib, int64_t wanted,
+                                        int64_t& window) {
+  Flags f;
+  f.model = model;
+  f.calib = calib;
+  f.calib_tokens = wanted;
+  return calibration_tokens(f, window);
 }
 
 }  // namespace larosa
