@@ -696,6 +696,17 @@ TEST_F(Sparsify, AllocationsReachTheBudget) {  // law 7
   }
 }
 
+TEST_F(Sparsify, WithoutACurrencyEveryLayerMeetsTheBudget) {
+  TemporaryDir dir;
+  SparsifyOptions options = with_sparsity(0.5);
+  options.choice.allocation = Allocation::lagrangian;
+  options.choice.currency = Currency::none;
+  make(source_path("tests/golden/models/llama3.1-f32"), dir / "out", options);
+  const Model model = load_model(dir / "out");
+  for (const LayerPlan& layer : model.plan.layers)
+    EXPECT_NEAR(weight_sparsity(layer, plan_shape(model.config)), 0.5, 0.01);
+}
+
 /// A trial tells a layer's plans apart as the layer itself does.
 TEST_F(Sparsify, TrialsMeasureTheLayersOutput) {
   TemporaryDir dir;
@@ -710,6 +721,9 @@ TEST_F(Sparsify, TrialsMeasureTheLayersOutput) {
   for (size_t g = 1; g < half.groups.size(); ++g) half.groups[g].rule.select = Select::all;
   EXPECT_EQ(trial.error(whole).relative, 0);
   EXPECT_EQ(trial.error(whole).absolute, 0);
+  EXPECT_EQ(trial.error(whole).update, 0);
+  EXPECT_GT(trial.error(half).update, 0);
+  EXPECT_GT(trial.error(sparse).update, trial.error(half).update);
   EXPECT_GT(trial.error(half).relative, 0);
   EXPECT_GT(trial.error(sparse).relative, trial.error(half).relative);
   EXPECT_EQ(model.layers[0].plan, sparse);

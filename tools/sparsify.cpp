@@ -21,7 +21,7 @@ namespace {
 struct Flags {
   std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", bases,
                              rotate = "on", rotate_h2 = "on", score = "norm", select = "normalised",
-                             site_scale = "1,1,1,1", allocation = "uniform", currency = "relative",
+                             site_scale = "1,1,1,1", allocation = "uniform", currency = "update",
                              calib_stream = "thinned", weights = "source", adapter_weights, head_weights,
                              embed_weights, rounding;
   double sparsity = 0.5, mix = Choice{}.mix;
@@ -171,7 +171,10 @@ SparsifyOptions read_options(Flags& f, const CLI::App& app) {
   choice.allocation = f.allocation == "greedy"       ? Allocation::greedy
                       : f.allocation == "lagrangian" ? Allocation::lagrangian
                                                      : Allocation::uniform;
-  choice.currency = f.currency == "absolute" ? Currency::absolute : Currency::relative;
+  choice.currency = f.currency == "absolute"   ? Currency::absolute
+                    : f.currency == "relative" ? Currency::relative
+                    : f.currency == "none"     ? Currency::none
+                                               : Currency::update;
   choice.stream = f.calib_stream == "dense" ? Stream::dense : Stream::thinned;
   choice.mix = f.mix;
   choice.after_gain = f.select == "gained";
@@ -221,10 +224,11 @@ void declare(CLI::App& app, const std::shared_ptr<Flags>& f) {
          "layer's output; lagrangian: over all layers, by curves of what each group costs its layer's output")
       ->check(CLI::IsMember({"uniform", "greedy", "lagrangian"}))
       ->capture_default_str();
-  app.add_option(
-         "--currency", f->currency,
-         "lagrangian only: errors relative to the size of a layer's output, or as they are in the stream")
-      ->check(CLI::IsMember({"relative", "absolute"}))
+  app.add_option("--currency", f->currency,
+                 "lagrangian only: errors relative to what a layer adds to the stream (update), to the "
+                 "layer's output "
+                 "(relative), as they are in the stream (absolute); none: every layer meets the budget alone")
+      ->check(CLI::IsMember({"update", "relative", "absolute", "none"}))
       ->capture_default_str();
   app.add_option(
          "--calib-stream", f->calib_stream,

@@ -100,8 +100,9 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
     plan.notes["mix"] = std::to_string(choice.mix);
   if (choice.allocation != Allocation::uniform) {
     plan.notes["allocation"] = choice.allocation == Allocation::greedy ? "greedy" : "lagrangian";
-    if (choice.allocation == Allocation::lagrangian && choice.currency == Currency::absolute)
-      plan.notes["currency"] = "absolute";
+    constexpr const char* kCurrencies[] = {"relative", "update", "absolute", "none"};
+    if (choice.allocation == Allocation::lagrangian)
+      plan.notes["currency"] = kCurrencies[static_cast<int>(choice.currency)];
     return plan;
   }
   std::ostringstream scales;

@@ -31,8 +31,9 @@ enum class Source { pooled, h1, separate };
 /// what each group costs its layer's output alone.
 enum class Allocation { uniform, greedy, lagrangian };
 /// What makes errors of different layers comparable: each token's relative to the square of the layer's dense
-/// output, or as they are in the stream that all layers add to.
-enum class Currency { relative, absolute };
+/// output, or of what the layer adds to the stream, or as they are in the stream that all layers add to; or
+/// nothing does, and every layer meets the budget by itself.
+enum class Currency { relative, update, absolute, none };
 /// What reaches a layer whose cuts are looked for: the stream as the thinned layers before it leave it, so
 /// that the budget is met, or the dense model's (TEAL as published, which drops more than asked for).
 enum class Stream { thinned, dense };
@@ -48,7 +49,7 @@ struct Choice {
   bool rotate = true;        // wina: in its rotated bases
   bool rotate_h2 = true;     // attention output in a basis per KV head
   Allocation allocation = Allocation::uniform;
-  Currency currency = Currency::relative;
+  Currency currency = Currency::update;
   Stream stream = Stream::thinned;
   double mix = 0.95;        // rsparse: share of a projection's bytes that channels get, the rest is low-rank
   bool after_gain = false;  // thin after the RMSNorm gain, as the published simulation does (simulate only)

@@ -17,7 +17,9 @@ std::vector<Curve> find_curves(const Method& method, LayerTask task, Layer& laye
       for (size_t other = 0; other < plan.groups.size(); ++other)
         if (other != g) plan.groups[other].rule.select = Select::all;
       const LayerError error = trial.error(plan);
-      curve.errors.push_back(task.choice.currency == Currency::relative ? error.relative : error.absolute);
+      const bool update = task.choice.currency == Currency::update;
+      const bool absolute = task.choice.currency == Currency::absolute;
+      curve.errors.push_back(update ? error.update : absolute ? error.absolute : error.relative);
     }
     curves.push_back(std::move(curve));
   }

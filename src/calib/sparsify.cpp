@@ -483,7 +483,17 @@ class Job {
 
   /// The layers' plans from the curves of all of them.
   void share_out(const std::vector<Curve>& curves) {
-    const std::vector<double> levels = lagrangian_levels(curves, choice_.sparsity);
+    const double sparsity = choice_.sparsity;
+    std::vector<double> levels;
+    if (choice_.currency == Currency::none) {
+      const size_t groups = plan_.layers[0].groups.size();
+      for (auto first = curves.begin(); first != curves.end(); first += static_cast<ptrdiff_t>(groups)) {
+        const std::vector<Curve> own(first, first + static_cast<ptrdiff_t>(groups));
+        for (const double own_level : lagrangian_levels(own, sparsity)) levels.push_back(own_level);
+      }
+    } else {
+      levels = lagrangian_levels(curves, sparsity);
+    }
     auto level = levels.begin();
     for (int64_t l = 0; l < config_.layers; ++l) {
       LayerTask task = task_of(l);

@@ -112,6 +112,11 @@ Trial::Trial(Layer& layer, int64_t l, const ModelConfig& config, Backend& backen
       window_(window) {
   CHECK(window_ <= decoder_.max_rows());
   dense_ = run(Pass{true, nullptr});
+  moved_ = rows_;
+  if (!layer_.middle) return;
+  const int64_t tokens = static_cast<int64_t>(rows_.size()) / config_.dim;
+  decoder_.adapt(layer_.middle, Mat(rows_.data(), tokens, config_.dim),
+                 Mat(moved_.data(), tokens, config_.dim));
 }
 
 std::vector<float> Trial::run(const Pass& pass) {
@@ -137,7 +142,9 @@ LayerError Trial::error(const LayerPlan& plan) {
     const double off = distance(found.data() + t * config_.dim, dense, config_.dim);
     const double size = distance(dense, zero.data(), config_.dim);
     error.absolute += off / static_cast<double>(tokens);
+    const double added = distance(dense, moved_.data() + t * config_.dim, config_.dim);
     if (size > 0) error.relative += off / size / static_cast<double>(tokens);
+    if (added > 0) error.update += off / added / static_cast<double>(tokens);
   }
   return error;
 }

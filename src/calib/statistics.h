@@ -16,6 +16,7 @@ namespace larosa {
 /// How far a plan takes a layer's output stream y from the dense layer's y', of the same input.
 struct LayerError {
   double relative = 0;  // mean over the tokens of |y − y'|² / |y'|²: RMSNorm takes the stream's size away
+  double update = 0;    // mean of |y − y'|² / |y' − x|², x the layer's input: of what the layer adds
   double absolute = 0;  // mean of |y − y'|²
 };
 
@@ -43,6 +44,7 @@ class Trial {
   Backend& backend_;
   Decoder& decoder_;
   std::vector<float> rows_, dense_;
+  std::vector<float> moved_;  // rows_ in the basis of the output
   int64_t window_;
 };
 
