@@ -681,6 +681,7 @@ TEST_F(Sparsify, AllocationsReachTheBudget) {  // law 7
       SparsifyOptions options = with_sparsity(0.5);
       options.method = method;
       options.choice.allocation = allocation;
+      options.choice.currency = Currency::relative;
       make(source, dir / "out", options);
       const Model model = load_model(dir / "out");
       EXPECT_NEAR(weight_sparsity(model.plan, plan_shape(model.config)), 0.5, 0.01) << method;

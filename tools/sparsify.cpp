@@ -21,7 +21,7 @@ namespace {
 struct Flags {
   std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", bases,
                              rotate = "on", rotate_h2 = "on", score = "norm", select = "normalised",
-                             site_scale = "1,1,1,1", allocation = "uniform", currency = "update",
+                             site_scale = "1,1,1,1", allocation = "uniform", currency = "none",
                              calib_stream = "thinned", weights = "source", adapter_weights, head_weights,
                              embed_weights, rounding;
   double sparsity = 0.5, mix = Choice{}.mix;
@@ -173,8 +173,8 @@ SparsifyOptions read_options(Flags& f, const CLI::App& app) {
                                                      : Allocation::uniform;
   choice.currency = f.currency == "absolute"   ? Currency::absolute
                     : f.currency == "relative" ? Currency::relative
-                    : f.currency == "none"     ? Currency::none
-                                               : Currency::update;
+                    : f.currency == "update"   ? Currency::update
+                                               : Currency::none;
   choice.stream = f.calib_stream == "dense" ? Stream::dense : Stream::thinned;
   choice.mix = f.mix;
   choice.after_gain = f.select == "gained";

@@ -49,7 +49,7 @@ struct Choice {
   bool rotate = true;        // wina: in its rotated bases
   bool rotate_h2 = true;     // attention output in a basis per KV head
   Allocation allocation = Allocation::uniform;
-  Currency currency = Currency::update;
+  Currency currency = Currency::none;
   Stream stream = Stream::thinned;
   double mix = 0.95;        // rsparse: share of a projection's bytes that channels get, the rest is low-rank
   bool after_gain = false;  // thin after the RMSNorm gain, as the published simulation does (simulate only)
