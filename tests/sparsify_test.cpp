@@ -231,7 +231,7 @@ TEST_F(Sparsify, CatsAndRsparseReachTheirBudget) {
     const double off = relative_rms(sparse, dense);
     EXPECT_GT(off, 0.01);
     EXPECT_LT(off, 0.7);
-    EXPECT_LT(relative_rms(all_logits(model, *make_ref_backend(), tokens, 1), sparse), 0.01);
+    EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 1), sparse), 0.01);
   }
 }
 
@@ -827,9 +827,10 @@ TEST_F(Sparsify, RefusesBadInput) {
   }
   SparsifyOptions unknown = with_sparsity(0.5);
   unknown.method = "magic";
-  EXPECT_NE(
-      message_of([&] { make(demo_model(), dir / "out", unknown); }).find("larosa, topk, teal, wina, dense"),
-      std::string::npos);
+  EXPECT_NE(message_of([&] {
+              make(demo_model(), dir / "out", unknown);
+            }).find("larosa, topk, teal, wina, cats, rsparse, dense"),
+            std::string::npos);
   EXPECT_FALSE(std::filesystem::exists(dir / "out"));
   EXPECT_FALSE(std::filesystem::exists(dir / "out.partial"));
   const std::vector<int32_t> few = {1, 2, 3};
