@@ -699,7 +699,9 @@ TEST_F(Cli, EvalRefusesBeforeItComputes) {
   };
   expect_refused(tasks("piqa,arc"), {"--tasks arc", "arc_easy", "lambada"});
   expect_refused(tasks("piqa,piqa"), {"--tasks piqa", "twice"});
-  expect_refused(tasks("piqa", {"--data", dir_ / "none"}), {"none/piqa.jsonl", "cannot be opened"});
+  Arguments nowhere = tasks("piqa");
+  nowhere[3] = dir_ / "none";
+  expect_refused(nowhere, {"none/piqa.jsonl", "cannot be opened"});
   expect_refused(tasks("piqa", {"--samples", dir_ / "none/s.jsonl"}), {"none/s.jsonl", "does not exist"});
   expect_refused(tasks("piqa", {"--limit", "0"}), {"--limit"});
   fs::copy(model(), dir_ / "mute");
