@@ -1,0 +1,376 @@
+// Methods and budgets: bases, rivals, models that are trained to be sparse, thresholds, allocations.
+#include "sparsify_fixture.h"
+
+#include <functional>
+#include <set>
+
+#include "base/error.h"
+#include "base/progress.h"
+#include "base/quant.h"
+#include "calib/sparsify.h"
+#include "calib/statistics.h"
+#include "eval/perplexity.h"
+
+namespace larosa {
+namespace {
+
+using Methods = Sparsify;
+
+std::vector<SparsifyOptions> other_bases(double sparsity) {
+  SparsifyOptions separate, grouped, one, wina;
+  separate.choice.source = Source::separate;
+  grouped.choice.basis_layers = 3;
+  one.choice.basis_layers = 0;
+  wina.method = "wina";
+  std::vector<SparsifyOptions> all = {separate, grouped, one, wina};
+  for (SparsifyOptions& options : all) options.choice.sparsity = sparsity;
+  return all;
+}
+
+TEST_F(Methods, OtherBasesGiveTheOriginalLogits) {  // laws 1, 3 and 4
+  for (const std::string& source : tiny_models()) {
+    const Model original = load_model(source);
+    const auto tokens = some_tokens(original.config.vocab, 24);
+    const auto expected = all_logits(original, *backend_, tokens, tokens.size());
+    for (SparsifyOptions options : other_bases(0)) {
+      for (const auto& adapters : {std::optional<DType>(), std::optional(DType::int8)}) {
+        options.types.adapters = adapters;
+        TemporaryDir dir;
+        make(source, dir / "out", options);
+        const Model model = load_model(dir / "out");
+        const auto found = all_logits(model, *backend_, tokens, tokens.size());
+        EXPECT_LT(relative_rms(found, expected), adapters ? 0.06 : storage_tolerance(original)) << source;
+        EXPECT_EQ(found, all_logits(model, *backend_, tokens, tokens.size(), true));
+        EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 5), found), 1e-4) << source;
+      }
+    }
+  }
+}
+
+TEST_F(Methods, OtherBasesFoldedEqualSimulated) {
+  const std::string source = source_path("tests/golden/models/llama3.1-f32");
+  const auto tokens = some_tokens(load_config(source).vocab, 24);
+  for (SparsifyOptions options : other_bases(0.4)) {
+    TemporaryDir dir;
+    make(source, dir / "folded", options);
+    options.choice.form = Form::simulate;
+    make(source, dir / "simulate", options);
+    const auto folded = all_logits(load_model(dir / "folded"), *backend_, tokens, tokens.size());
+    const auto simulated = all_logits(load_model(dir / "simulate"), *backend_, tokens, tokens.size());
+    EXPECT_LT(relative_rms(folded, simulated), 1e-3) << options.method;
+  }
+}
+
+TEST_F(Methods, AdaptersStandWhereBasesChange) {
+  const auto adapters = [&](const SparsifyOptions& options) {
+    TemporaryDir dir;
+    make(demo_model(), dir / "out", options);
+    const Model model = load_model(dir / "out");
+    std::string text;
+    for (const Layer& layer : model.layers) {
+      EXPECT_EQ(bool(layer.middle), layer.plan.middle);
+      EXPECT_EQ(bool(layer.adapter), layer.plan.adapter);
+      text += layer.middle ? "m" : ".";
+      text += layer.adapter ? "a" : ".";
+    }
+    EXPECT_EQ(token_bytes(model).adapters,
+              256 * 256 * 2 * std::count_if(text.begin(), text.end(), [](char c) { return c != '.'; }));
+    EXPECT_EQ(model_bytes(model), model.checkpoint->bytes());
+    return text;
+  };
+  const std::vector<SparsifyOptions> options = other_bases(0.5);
+  EXPECT_EQ(adapters(options[0]), "mamamamamamamam.");
+  EXPECT_EQ(adapters(options[1]), ".....a.....a....");
+  EXPECT_EQ(adapters(options[2]), "................");
+  EXPECT_EQ(adapters(options[3]), "mamamamamamamam.");
+}
+
+/// WINA: channels of k and gate are orthogonal, and their norms alone score.
+TEST_F(Methods, WinaMakesChannelsOrthogonal) {
+  TemporaryDir dir;
+  SparsifyOptions options;
+  options.method = "wina";
+  options.types.weights = DType::f32;
+  make(demo_model(), dir / "out", options);
+  const Model model = load_model(dir / "out");
+  for (const Layer& layer : model.layers) {
+    for (const Projection p : {Projection::wk, Projection::gate}) {
+      const Weight& w = layer.weights[p];
+      const auto group =
+          std::find_if(layer.plan.groups.begin(), layer.plan.groups.end(),
+                       [&](const Group& g) { return g.projections == std::vector<Projection>{p}; });
+      ASSERT_NE(group, layer.plan.groups.end());
+      EXPECT_TRUE(group->rule.scaled);
+      const auto* scale = layer.groups[static_cast<size_t>(group - layer.plan.groups.begin())].scale;
+      const auto dot = [&](int64_t a, int64_t b) {
+        double sum = 0;
+        for (int64_t j = 0; j < w.out; ++j)
+          sum += static_cast<double>(load_element(w.data, w.dtype, a * w.out + j)) *
+                 static_cast<double>(load_element(w.data, w.dtype, b * w.out + j));
+        return sum;
+      };
+      const double largest = dot(0, 0);
+      for (int64_t i = 0; i < w.in; i += 17) {
+        EXPECT_NEAR(scale[i], std::sqrt(dot(i, i)), 1e-5 * std::sqrt(largest));
+        for (int64_t j = i + 1; j < w.in; j += 31) EXPECT_LT(std::abs(dot(i, j)), 1e-5 * largest);
+      }
+    }
+    EXPECT_EQ(std::count_if(layer.plan.groups.begin(), layer.plan.groups.end(),
+                            [](const Group& g) { return g.rule.scaled; }),
+              2);
+  }
+}
+
+/// Neurons left out, and dropped entries through products of low rank: the budget with everything that is
+/// read.
+TEST_F(Methods, CatsAndRsparseReachTheirBudget) {
+  for (const auto& [method, sparsity] : {std::pair{"cats", 0.3}, {"rsparse", 0.4}}) {
+    SCOPED_TRACE(method);
+    TemporaryDir dir;
+    SparsifyOptions options = with_sparsity(sparsity);
+    options.method = method;
+    options.choice.mix = 0.8;
+    make(demo_model(), dir / "out", options);
+    const Model model = load_model(dir / "out");
+    EXPECT_NEAR(weight_sparsity(model.plan, plan_shape(model.config)), sparsity, 0.01);
+    EXPECT_NEAR(token_bytes(model).sparsity(), sparsity, 0.01);
+    EXPECT_EQ(token_bytes(model).low_rank > 0, std::string(method) == "rsparse");
+    EXPECT_EQ(model_bytes(model), model.checkpoint->bytes());
+    const auto tokens = some_tokens(model.config.vocab, 4);
+    const auto dense = all_logits(model, *backend_, tokens, tokens.size(), true);
+    const auto sparse = all_logits(model, *backend_, tokens, tokens.size());
+    const double off = relative_rms(sparse, dense);
+    EXPECT_GT(off, 0.01);
+    EXPECT_LT(off, 0.7);
+    EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 1), sparse), 0.01);
+  }
+}
+
+TEST_F(Methods, CatsAndRsparseRefuse) {
+  const auto refused = [&](const char* method, double sparsity,
+                           const std::function<void(SparsifyOptions&)>& change) {
+    TemporaryDir dir;
+    SparsifyOptions options = with_sparsity(sparsity);
+    options.method = method;
+    change(options);
+    const std::string message = message_of([&] { make(demo_model(), dir / "out", options); });
+    EXPECT_FALSE(std::filesystem::exists(dir / "out"));
+    return message;
+  };
+  EXPECT_NE(refused("cats", 0.6, [](SparsifyOptions&) {}).find("expected at most 0.4"), std::string::npos);
+  EXPECT_NE(
+      refused("cats", 0.3, [](SparsifyOptions& o) { o.types.weights = DType::int8; }).find("--weights int8"),
+      std::string::npos);
+  EXPECT_NE(
+      refused("cats", 0.3, [](SparsifyOptions& o) { o.choice.allocation = Allocation::greedy; }).find("cats"),
+      std::string::npos);
+  EXPECT_NE(
+      refused("rsparse", 0.3, [](SparsifyOptions& o) { o.types.weights = DType::int4; }).find("low rank"),
+      std::string::npos);
+  EXPECT_NE(refused("rsparse", 0.3, [](SparsifyOptions& o) { o.choice.mix = 1.5; }).find("--mix 1.5"),
+            std::string::npos);
+}
+
+/// Models that are trained to be sparse: what their own plan skips changes no bit, neither as they came nor
+/// stored by channels (and `up` by outputs), where it is not read.
+TEST_F(Methods, TrainedSparseEqualsDenseBitForBit) {
+  for (const std::string& source : tiny_models("sparse")) {
+    SCOPED_TRACE(source);
+    TemporaryDir dir;
+    SparsifyOptions options;
+    options.method = "dense";
+    make(source, dir / "out", options);
+    options.types = {DType::int8, DType::int8, DType::int8, DType::int8};
+    make(source, dir / "int8", options);
+    const Model original = load_model(source), stored = load_model(dir / "out"),
+                lines = load_model(dir / "int8");
+    const auto tokens = some_tokens(original.config.vocab, 24);
+    for (const Model* model : {&original, &stored, &lines}) {
+      EXPECT_EQ(model->layers[0].plan, trained_layer(original.config));
+      EXPECT_NE(model->layers[0].plan, dense_layer());
+      for (const size_t chunk : {size_t{1}, size_t{7}, tokens.size()})
+        EXPECT_EQ(all_logits(*model, *backend_, tokens, chunk),
+                  all_logits(*model, *backend_, tokens, chunk, true));
+    }
+    const bool chooses = original.layers[0].plan.neurons.select != Select::all;
+    EXPECT_EQ(chooses, original.config.sparse_ratio == 0);
+    EXPECT_EQ(stored.layers[0].weights[Projection::up].layout, chooses ? Layout::rows : Layout::channels);
+    EXPECT_EQ(lines.layers[0].weights[Projection::up].layout, Layout::channels);
+    const auto expected = all_logits(original, *backend_, tokens, 1);
+    EXPECT_LT(relative_rms(all_logits(stored, *backend_, tokens, 1), expected), 1e-5);
+    options.types = {};
+    options.method = "larosa";
+    if (chooses) {
+      options.choice.sparsity = 0;
+      make(source, dir / "folded", options);
+      const auto found = all_logits(load_model(dir / "folded"), *backend_, tokens, tokens.size());
+      EXPECT_LT(relative_rms(found, expected), storage_tolerance(original));
+    } else {
+      const std::string message = message_of([&] { make(source, dir / "folded", options); });
+      EXPECT_NE(message.find("sparse_ratio"), std::string::npos) << message;
+    }
+  }
+}
+
+/// `up` by outputs goes through rounding by moments as well.
+TEST_F(Methods, TrainedSparseIsRoundedByMoments) {
+  TemporaryDir dir;
+  SparsifyOptions options;
+  options.method = "dense";
+  options.types = {DType::int8, DType::int8, DType::int8, DType::int8};
+  options.gptq = true;
+  const std::string source = source_path("tests/golden/sparse/relu-f32");
+  make(source, dir / "out", options);
+  const Model original = load_model(source), rounded = load_model(dir / "out");
+  const auto tokens = some_tokens(original.config.vocab, 24);
+  EXPECT_LT(
+      relative_rms(all_logits(rounded, *backend_, tokens, 24), all_logits(original, *backend_, tokens, 24)),
+      0.06);
+}
+
+TEST_F(Methods, ThresholdsReachTheirBudgetOnOtherText) {  // law 7
+  const auto reached = [&](const std::string& source, const SparsifyOptions& options) {
+    TemporaryDir dir;
+    make(source, dir / "out", options);
+    const Model model = load_model(dir / "out");
+    EXPECT_NEAR(weight_sparsity(model.plan, plan_shape(model.config)), options.choice.sparsity, 0.005);
+    PerplexityOptions scoring;
+    scoring.context = kWindow;
+    const auto result =
+        perplexity(model, nullptr, *backend_, pool_, some_tokens(model.config.vocab, 16 * kWindow, 11),
+                   scoring, [](const PerplexityResult&, int64_t) {});
+    return result.reached.value();
+  };
+  for (const double sparsity : {0.25, 0.75})
+    EXPECT_NEAR(reached(demo_model(), teal(sparsity)), sparsity, 0.01);
+  const std::string tiny = tiny_models().front();
+  EXPECT_NEAR(reached(tiny, teal(0.4, Allocation::greedy)), 0.4, 0.01);
+}
+
+TEST_F(Methods, ThresholdsThatDropNothingEqualDense) {  // law 1
+  TemporaryDir dir;
+  make(demo_model(), dir / "out", teal(0));
+  const Model model = load_model(dir / "out");
+  EXPECT_EQ(model.plan.layers[0].groups.size(), 7u);
+  const auto tokens = some_tokens(model.config.vocab, 12);
+  EXPECT_EQ(all_logits(model, *backend_, tokens, 12), all_logits(model, *backend_, tokens, 12, true));
+}
+
+TEST_F(Methods, AdaptersCountInTheBudget) {
+  for (const auto& adapters : {std::optional<DType>(), std::optional(DType::int8)}) {
+    for (const Source source : {Source::pooled, Source::separate}) {
+      TemporaryDir dir;
+      SparsifyOptions options = with_sparsity(0.4);
+      options.count_adapters = true;
+      options.types.adapters = adapters;
+      options.choice.source = source;
+      make(demo_model(), dir / "out", options);
+      const Model model = load_model(dir / "out");
+      const TokenBytes bytes = token_bytes(model);
+      EXPECT_GT(bytes.adapters, 0);
+      EXPECT_NEAR(static_cast<double>(bytes.projections + bytes.adapters) /
+                      static_cast<double>(bytes.projections_dense),
+                  0.6, 0.005);
+      EXPECT_EQ(model.plan.sparsity, 0.4);
+      EXPECT_EQ(model.plan.notes.at("budget"), "with adapters");
+    }
+  }
+  SparsifyOptions options = with_sparsity(0.94);
+  options.count_adapters = true;
+  TemporaryDir dir;
+  EXPECT_NE(message_of([&] { make(demo_model(), dir / "out", options); }).find("--budget-includes-adapter"),
+            std::string::npos);
+}
+
+TEST_F(Methods, AllocationsReachTheBudget) {  // law 7
+  const std::string source = source_path("tests/golden/models/llama3.1-f32");
+  for (const char* method : {"larosa", "wina"}) {
+    for (const Allocation allocation : {Allocation::greedy, Allocation::lagrangian}) {
+      TemporaryDir dir;
+      SparsifyOptions options = with_sparsity(0.5);
+      options.method = method;
+      options.choice.allocation = allocation;
+      options.choice.currency = Currency::relative;
+      make(source, dir / "out", options);
+      const Model model = load_model(dir / "out");
+      EXPECT_NEAR(weight_sparsity(model.plan, plan_shape(model.config)), 0.5, 0.01) << method;
+      std::set<int64_t> keeps;
+      for (const LayerPlan& layer : model.plan.layers) {
+        for (const Group& group : layer.groups)
+          if (group.projections[0] == Projection::gate) keeps.insert(group.rule.keep);
+      }
+      if (allocation == Allocation::lagrangian) {  // layers differ
+        EXPECT_GT(keeps.size(), 1u);
+      }
+    }
+  }
+}
+
+TEST_F(Methods, WithoutACurrencyEveryLayerMeetsTheBudget) {
+  TemporaryDir dir;
+  SparsifyOptions options = with_sparsity(0.5);
+  options.choice.allocation = Allocation::lagrangian;
+  options.choice.currency = Currency::none;
+  make(source_path("tests/golden/models/llama3.1-f32"), dir / "out", options);
+  const Model model = load_model(dir / "out");
+  for (const LayerPlan& layer : model.plan.layers)
+    EXPECT_NEAR(weight_sparsity(layer, plan_shape(model.config)), 0.5, 0.01);
+}
+
+/// A trial tells a layer's plans apart as the layer itself does.
+TEST_F(Methods, TrialsMeasureTheLayersOutput) {
+  TemporaryDir dir;
+  make(demo_model(), dir / "out", with_sparsity(0.5));
+  Model model = load_model(dir / "out");
+  const auto tokens = some_tokens(model.config.vocab, 4 * kWindow, 3);
+  Calibration calibration(model.outer, model.config, *backend_, pool_, tokens, kWindow);
+  const LayerPlan sparse = model.layers[0].plan;
+  Trial trial = calibration.trial(model.layers[0], 0);
+  LayerPlan whole = sparse, half = sparse;
+  for (Group& group : whole.groups) group.rule.select = Select::all;
+  for (size_t g = 1; g < half.groups.size(); ++g) half.groups[g].rule.select = Select::all;
+  EXPECT_EQ(trial.error(whole).relative, 0);
+  EXPECT_EQ(trial.error(whole).absolute, 0);
+  EXPECT_EQ(trial.error(whole).update, 0);
+  EXPECT_GT(trial.error(half).update, 0);
+  EXPECT_GT(trial.error(sparse).update, trial.error(half).update);
+  EXPECT_GT(trial.error(half).relative, 0);
+  EXPECT_GT(trial.error(sparse).relative, trial.error(half).relative);
+  EXPECT_EQ(model.layers[0].plan, sparse);
+  // The same number by hand, from the first and third windows.
+  double expected = 0;
+  for (const size_t w : {0, 2}) {
+    std::vector<float> found(static_cast<size_t>(kWindow * model.config.dim)), dense(found.size());
+    for (auto* rows : {&found, &dense}) {
+      Decoder decoder(model.config, *backend_);
+      const Mat x(rows->data(), kWindow, model.config.dim);
+      const auto cache =
+          backend_->make_kv_cache({1, model.config.kv_heads, model.config.head_dim, kWindow, DType::f32});
+      decoder.embed(model.outer, std::span(tokens).subspan(w * kWindow, kWindow), x);
+      decoder.layer(model.layers[0], 0, *cache, 0, 0, x, Pass{rows == &dense, nullptr});
+    }
+    for (int64_t t = 0; t < kWindow; ++t) {
+      const auto row = [&](const std::vector<float>& m) {
+        return std::vector<float>(m.begin() + t * model.config.dim, m.begin() + (t + 1) * model.config.dim);
+      };
+      expected += std::pow(relative_rms(row(found), row(dense)), 2) / (2 * kWindow);
+    }
+  }
+  EXPECT_NEAR(trial.error(sparse).relative, expected, 1e-9 * expected);
+}
+
+TEST(UniformLevels, UseTheWholeBudget) {
+  const ModelConfig config = load_config(demo_model());
+  const Levels uniform = uniform_levels(config, 0.5, {1, 1, 1, 1});
+  for (const Projection p : kProjections) {
+    const int64_t in = projection_in(config, p);
+    EXPECT_EQ(keep_of(in, uniform[static_cast<size_t>(p)]), in / 2);
+  }
+  const Levels capped = uniform_levels(config, 0.9, {1, 100, 1, 1});
+  EXPECT_EQ(keep_of(256, capped[static_cast<size_t>(Projection::wo)]), std::llround(256 * 0.05));
+  EXPECT_EQ(keep_of(10, 1.0), 1);
+  EXPECT_THROW(uniform_levels(config, 0.9, {1, 0, 0, 0}), Error);
+}
+
+}  // namespace
+}  // namespace larosa
