@@ -418,6 +418,18 @@ TEST_F(Sparsify, ResumesBetweenTwoPlans) {
   EXPECT_FALSE(std::filesystem::exists(dir / "out"));
   EXPECT_TRUE(std::filesystem::exists(partial + "/plan-2.json"));
   EXPECT_FALSE(std::filesystem::exists(partial + "/plan-7.json"));
+  const std::string plan = file_bytes(partial + "/plan-0.json");
+  for (const auto& [from, to] :
+       {std::pair{"\"keep\":", "\"rank\":8,\"keep\":"}, std::pair{"\"threshold\"", "\"topk\""},
+        std::pair{"\"cut\":", "\"cut\":-"}}) {
+    std::string other = plan;
+    ASSERT_NE(other.find(from), std::string::npos);
+    other.replace(other.find(from), std::string(from).size(), to);
+    std::ofstream(partial + "/plan-0.json") << other;
+    const std::string message = message_of([&] { make(demo_model(), dir / "out", teal(0.5)); });
+    EXPECT_NE(message.find("plan-0.json: "), std::string::npos) << message;
+  }
+  std::ofstream(partial + "/plan-0.json") << plan;
   make(demo_model(), dir / "out", teal(0.5));
   EXPECT_FALSE(std::filesystem::exists(partial));
   for (const auto& entry : std::filesystem::directory_iterator(dir / "whole")) {

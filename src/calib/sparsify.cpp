@@ -1,7 +1,5 @@
 #include "calib/sparsify.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <cstdio>
 #include <filesystem>
@@ -33,12 +31,6 @@ constexpr int64_t kCutTokens = 4096;               // of the calibration text th
 constexpr const char* kCopied[] = {"tokenizer.json",    "tokenizer.model",        "vocab.json",
                                    "merges.txt",        "tokenizer_config.json",  "special_tokens_map.json",
                                    "added_tokens.json", "generation_config.json", "chat_template.jinja"};
-
-std::string hex(uint64_t value) {
-  char text[17];
-  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(value));
-  return text;
-}
 
 void write_whole(SafetensorsWriter& writer, const FoldedTensor& t) {
   writer.write(t.name, 0, t.bytes.data(), static_cast<int64_t>(t.bytes.size()));
@@ -271,17 +263,17 @@ class Job {
 
   /// Everything that decides a byte of the output: what was asked for, not what calibration makes of it.
   std::string job_text() const {
-    const uint64_t text = XXH3_64bits(tokens_.data(), tokens_.size_bytes());
+    const std::string_view text(reinterpret_cast<const char*>(tokens_.data()), tokens_.size_bytes());
     // The fingerprint names the tensors; a base frequency or a norm's epsilon stands in the config alone.
     const std::string config = read_file((fs::path(options_.source) / "config.json").string());
     return nlohmann::json({{"options", options_json(options_)},
                            {"notes", plan_.notes},
                            {"fingerprint", plan_.fingerprint},
-                           {"text", hex(text)},
+                           {"text", fingerprint_of(text)},
                            {"window", window_},
-                           {"config", hex(XXH3_64bits(config.data(), config.size()))},
+                           {"config", fingerprint_of(config)},
                            {"products", backend_.products_name()}})
-        .dump();
+        .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   }
 
   fs::path basis_file(int64_t l) const {
@@ -384,11 +376,7 @@ class Job {
 
   /// What was found for a layer: its plan, or the curves from which all layers' plans are made.
   fs::path plan_file(int64_t l) const { return fs::path(partial_) / ("plan-" + std::to_string(l) + ".json"); }
-  void write_found(int64_t l, const std::string& text) const {
-    const std::string temporary = plan_file(l).string() + ".tmp";
-    write_file(temporary, text);
-    fs::rename(temporary, plan_file(l));
-  }
+  void write_found(int64_t l, const std::string& text) const { write_file(plan_file(l).string(), text); }
 
   /// The windows that plans are found on, and their length: whole ones for cuts, else what a trial looks at.
   std::vector<int32_t> planning_tokens(int64_t& window) const {
@@ -461,7 +449,19 @@ class Job {
     const std::string file = plan_file(l).string();
     const Plan one = plan_from_json(read_file(file), file);
     if (one.layers.size() != 1) fail(file, ": ", one.layers.size(), " layers, expected 1");
-    return one.layers[0];
+    const LayerPlan& outline = plan_.layers[static_cast<size_t>(l)];
+    LayerPlan numbers = outline;  // the text decides how much is kept, and nothing else
+    for (size_t g = 0; g < std::min(outline.groups.size(), one.layers[0].groups.size()); ++g) {
+      numbers.groups[g].rule.keep = one.layers[0].groups[g].rule.keep;
+      numbers.groups[g].rule.cut = one.layers[0].groups[g].rule.cut;
+    }
+    numbers.neurons.keep = one.layers[0].neurons.keep;
+    numbers.neurons.cut = one.layers[0].neurons.cut;
+    if (one.layers[0] != numbers) fail(file, ": is no plan of layer ", l, " for this method");
+    Plan whole = plan_;
+    whole.layers[static_cast<size_t>(l)] = numbers;
+    validate(whole, plan_shape(config_), file);
+    return numbers;
   }
 
   std::vector<Curve> curves_from(int64_t l) const {

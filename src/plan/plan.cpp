@@ -171,7 +171,7 @@ std::string plan_to_json(const Plan& plan) {
                   {"form", plan.form},         {"fingerprint", plan.fingerprint},
                   {"sparsity", plan.sparsity}, {"notes", plan.notes},
                   {"layers", layers}};
-  return j.dump();
+  return j.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);  // a note may be a file's name
 }
 
 Plan plan_from_json(const std::string& text, const std::string& source) {
