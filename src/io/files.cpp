@@ -41,7 +41,11 @@ void write_file(const std::string& path, const std::string& text) {
   file << text;
   file.close();
   if (!file) fail(path, ": cannot be written");
-  fs::rename(temporary, path);
+  std::error_code error;
+  fs::rename(temporary, path, error);
+  if (!error) return;
+  fs::remove(temporary);
+  fail(path, ": cannot be written: ", error.message());
 }
 
 std::string fingerprint_of(std::string_view bytes) {
