@@ -60,13 +60,16 @@ class Scorer {
     const PlanShape shape = plan_shape(model_.config);
     double read = 0, all = 0;
     std::array<double, 4> kept{}, projections{};
-    for (const auto& layer : tally_.kept) {
+    for (size_t l = 0; l < tally_.kept.size(); ++l) {
+      const auto& layer = tally_.kept[l];
+      const bool by_outputs = model_.plan.layers[l].neurons.select != Select::all;
       for (const Projection p : kProjections) {
         const auto i = static_cast<size_t>(p), site = static_cast<size_t>(site_of(p));
         const double share = static_cast<double>(layer[i]) / static_cast<double>(tally_.rows) /
                              static_cast<double>(shape.site_dim[site]);
         read += share * static_cast<double>(shape.projection_weights[i]);
         all += static_cast<double>(shape.projection_weights[i]);
+        if (by_outputs && p == Projection::up) continue;  // what up leaves out are no entries of h3
         kept[site] += share;
         projections[site] += 1;
       }

@@ -47,6 +47,8 @@ struct Pass {
 /// another.
 struct Segment {
   int64_t rows = 0, pos = 0;
+
+  int64_t end() const { return pos + rows; }
 };
 
 class Decoder {
