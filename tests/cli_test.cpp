@@ -704,6 +704,8 @@ TEST_F(Cli, EvalRefusesBeforeItComputes) {
   expect_refused(nowhere, {"none/piqa.jsonl", "cannot be opened"});
   expect_refused(tasks("piqa", {"--samples", dir_ / "none/s.jsonl"}), {"none/s.jsonl", "does not exist"});
   expect_refused(tasks("piqa", {"--limit", "0"}), {"--limit"});
+  expect_refused(tasks("piqa", {"--samples", dir_ / "made"}), {"--samples", "is also -o"});
+  expect_refused(tasks("piqa", {"--samples", dir_ / ""}), {"is a directory"});
   fs::copy(model(), dir_ / "mute");
   fs::remove(dir_ / "mute/tokenizer.json");
   Arguments mute = tasks("piqa");

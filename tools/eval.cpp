@@ -38,7 +38,15 @@ std::string job_line(const Flags& f, const Model& model, const std::vector<TaskR
     tasks.push_back(
         {{"name", run.task.name}, {"items", run.items.size()}, {"requests", fingerprint_of(requests)}});
   }
+  // The fingerprint names tensors; base frequencies stand in the config, ids come from the tokenizer's files.
+  std::string files;
+  for (const char* name : {"config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
+                           "tokenizer_config.json"}) {
+    const auto path = std::filesystem::path(f.model) / name;
+    if (std::filesystem::exists(path)) files += read_file(path.string()) + '\0';
+  }
   const Json job = {{"model", model.checkpoint ? model.checkpoint->fingerprint() : ""},
+                    {"files", fingerprint_of(files)},
                     {"plan", fingerprint_of(plan_to_json(model.plan))},
                     {"tasks", tasks},
                     {"kv", f.kv},
@@ -167,7 +175,9 @@ int run(const Flags& f) {
     const auto above = std::filesystem::path(path).parent_path();
     if (!above.empty() && !std::filesystem::is_directory(above))
       fail(path, ": the directory ", above.string(), " does not exist");
+    if (std::filesystem::is_directory(path)) fail(path, ": is a directory, expected a file to write");
   }
+  if (!f.output.empty() && f.output == f.samples) fail("--samples ", f.samples, ": is also -o");
   Machine machine = make_machine(f.machine);
   Model model = load_model(f.model);
   if (f.check_tensors) check_finite(model);

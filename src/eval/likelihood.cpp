@@ -123,8 +123,7 @@ LikelihoodScorer::LikelihoodScorer(const Model& model, Backend& backend, ThreadP
       backend_(backend),
       pool_(pool),
       decoder_(model.config, backend),
-      cache_(backend.make_kv_cache(
-          {model.config.layers, model.config.kv_heads, model.config.head_dim, model.config.context, kv})),
+      kv_(kv),
       log_probabilities_(model, backend) {}
 
 int64_t LikelihoodScorer::rows_of(const Question& question) {
@@ -153,6 +152,13 @@ std::vector<std::vector<Likelihood>> LikelihoodScorer::score(std::span<const Que
     hidden_.reset();
     hidden_ = backend_.allocate(rows * dim * static_cast<int64_t>(sizeof(float)));
     capacity_ = rows;
+  }
+  const ModelConfig& config = model_.config;
+  const auto longest = std::ranges::max_element(batch.segments, {}, &Segment::end);
+  if (longest != batch.segments.end() && longest->end() > positions_) {
+    positions_ = std::min(config.context, std::max(longest->end(), 2 * positions_));
+    cache_.reset();
+    cache_ = backend_.make_kv_cache({config.layers, config.kv_heads, config.head_dim, positions_, kv_});
   }
   const Mat hidden(static_cast<float*>(hidden_.get()), rows, dim);
   decoder_.forward(model_, batch.tokens, *cache_, batch.segments, Pass{}, hidden);

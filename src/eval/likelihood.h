@@ -44,7 +44,7 @@ using Question = std::vector<EncodedRequest>;
 
 class LikelihoodScorer {
  public:
-  /// Keeps keys and values of up to the model's context in `kv`. All must outlive the scorer.
+  /// Keeps keys and values, as many as the longest request needs, in `kv`. All must outlive the scorer.
   LikelihoodScorer(const Model& model, Backend& backend, ThreadPool& pool, DType kv);
 
   /// Rows that scoring a question runs: neighbours with one context share it.
@@ -60,7 +60,9 @@ class LikelihoodScorer {
   Backend& backend_;
   ThreadPool& pool_;
   Decoder decoder_;
-  std::unique_ptr<KvCache> cache_;
+  DType kv_;
+  std::unique_ptr<KvCache> cache_;  // grows with the longest request: a backend may take all of it at once
+  int64_t positions_ = 0;           // of cache_
   LogProbabilities log_probabilities_;
   std::shared_ptr<void> hidden_;  // backend memory, grows with the largest batch
   int64_t capacity_ = 0;          // rows of hidden_
