@@ -46,8 +46,10 @@ TEST(LowRank, IsTheNearestProduct) {
       // No other product of this rank is nearer: none of those that random subspaces give, for one.
       const Matrix other = random_matrix(rows, rank, 5);
       const auto [basis, rest] = low_rank(multiply(other, random_matrix(rank, cols, 7), pool), rank, pool);
-      EXPECT_LE(off,
-                distance(m, multiply(basis, multiply_transposed(basis, m, pool), pool)) + 1e-9 * squares(m));
+      // The shorter side's factor is the orthonormal one.
+      const Matrix projected = rows <= cols ? multiply(basis, multiply_transposed(basis, m, pool), pool)
+                                            : multiply(multiply(m, transposed(rest), pool), rest, pool);
+      EXPECT_LE(off, distance(m, projected) + 1e-9 * squares(m));
     }
     EXPECT_LT(before, 1e-18 * squares(m));
     const Matrix small = multiply(random_matrix(rows, 3, 9), random_matrix(3, cols, 11), pool);

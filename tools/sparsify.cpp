@@ -126,8 +126,7 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
   if (choice.allocation != Allocation::lagrangian && app.get_option("--currency")->count() > 0)
     fail("--currency: --allocation ", f.allocation, " does not use it");
   if (wants.magnitudes) refuse("--score");
-  const auto has_rank = [](const Group& group) { return group.rank > 0; };
-  if (f.mix < 1 && std::ranges::none_of(plan.layers[0].groups, has_rank)) refuse("--mix");
+  if (!wants.mix) refuse("--mix");
   if (!wants.magnitudes) refuse("--calib-stream");
   if (!needs_text(options)) {
     refuse("--calib-tokens");
@@ -203,8 +202,8 @@ int run(Flags& f, const CLI::App& app) {
   return 0;
 }
 
-void declare(CLI::App& app, const std::shared_ptr<Flags>& f) {
-  const auto on_off = CLI::IsMember({"on", "off"});
+/// What is thinned, and how much of it.
+void declare_budget(CLI::App& app, const std::shared_ptr<Flags>& f) {
   app.add_option("model,-m,--model", f->model, "Hugging Face directory")->required();
   app.add_option("-o,--output", f->output, "Directory to write")->required();
   app.add_option("--method", f->method, "larosa, topk, teal, wina, cats, rsparse or dense")
@@ -221,7 +220,7 @@ void declare(CLI::App& app, const std::shared_ptr<Flags>& f) {
   app.add_option(
          "--allocation", f->allocation,
          "uniform: the same in every layer, by --site-scale; greedy: within each layer, by what it costs the "
-         "layer's output; lagrangian: over all layers, by curves of what each group costs its layer's output")
+         "layer's output; lagrangian: by curves of what each group alone costs its layer's output")
       ->check(CLI::IsMember({"uniform", "greedy", "lagrangian"}))
       ->capture_default_str();
   app.add_option("--currency", f->currency,
@@ -241,6 +240,10 @@ void declare(CLI::App& app, const std::shared_ptr<Flags>& f) {
          "rsparse only: share of a projection's bytes that its channels get; the rest is a product of "
          "low rank")
       ->capture_default_str();
+}
+
+void declare_bases(CLI::App& app, const std::shared_ptr<Flags>& f) {
+  const auto on_off = CLI::IsMember({"on", "off"});
   app.add_option("--calib", f->calib, "Calibration text (- for standard input)");
   app.add_option("--calib-tokens", f->calib_tokens,
                  "Tokens of it to use (default: 16 windows of the context, at most 2048 each)")
@@ -276,6 +279,9 @@ void declare(CLI::App& app, const std::shared_ptr<Flags>& f) {
          "simulate only: thin the normalised input before the RMSNorm gain, or the gained one after it")
       ->check(CLI::IsMember({"normalised", "gained"}))
       ->default_str("normalised");
+}
+
+void declare_types(CLI::App& app, const std::shared_ptr<Flags>& f) {
   const auto types = CLI::IsMember({"source", "f32", "f16", "bf16", "int8", "int4"});
   app.add_option("--weights", f->weights, "Type of the projections' weights; source: as they came")
       ->check(types)
@@ -292,6 +298,12 @@ void declare(CLI::App& app, const std::shared_ptr<Flags>& f) {
                  "calibration text (default: gptq for int4)")
       ->check(CLI::IsMember({"nearest", "gptq"}));
   app.add_flag("--check-tensors", f->check_tensors, "Refuse tensors with NaN or infinity");
+}
+
+void declare(CLI::App& app, const std::shared_ptr<Flags>& f) {
+  declare_budget(app, f);
+  declare_bases(app, f);
+  declare_types(app, f);
   f->machine.declare(app, nullptr, false);
 }
 

@@ -27,8 +27,8 @@ enum class Score { magnitude, norm };
 /// change of basis between attention and MLP.
 enum class Source { pooled, h1, separate };
 /// How the budget is shared out. uniform: the same levels in every layer, by site_scale; greedy: within each
-/// layer, by what it costs the layer's output (TEAL, arXiv 2408.14690 §4.3); lagrangian: over all layers, by
-/// what each group costs its layer's output alone.
+/// layer, by what it costs the layer's output (TEAL, arXiv 2408.14690 §4.3); lagrangian: within each layer,
+/// or over all in a Currency, by curves of what each group alone costs its layer's output.
 enum class Allocation { uniform, greedy, lagrangian };
 /// What makes errors of different layers comparable: each token's relative to the square of the layer's dense
 /// output, or of what the layer adds to the stream, or as they are in the stream that all layers add to; or
@@ -79,6 +79,7 @@ struct Wants {
   bool moments = false;                             // they come from moments, else from weights alone
   bool magnitudes = false;                          // for cuts
   bool rotation = false;                            // its rotation may be switched off, its scores may not
+  bool mix = false;                                 // part of its bytes are products of low rank
   bool bases() const { return stream || heads; }
   bool text() const { return moments || magnitudes; }
 };

@@ -41,7 +41,7 @@ LayerPlan plan(const LayerTask& task) {
 
 extern const Method kRsparse;
 const Method kRsparse = {"rsparse", "a cut per projection, and a product of low rank for what it drops",
-                         [](const Choice&) { return Wants{.magnitudes = true}; },
+                         [](const Choice&) { return Wants{.magnitudes = true, .mix = true}; },
                          [](const BasisTask&) { return Bases{}; }, plan};
 
 }  // namespace larosa
