@@ -154,6 +154,8 @@ TEST_F(SweepTest, OtherOptionsAreRefused) {
   o = options("twice");
   o.methods[1].name = "larosa";
   EXPECT_NE(message_of([&] { run(o); }).find("given twice"), std::string::npos);
+  o.methods[1].name = "dense";
+  EXPECT_NE(message_of([&] { run(o); }).find("\"dense\" is given twice"), std::string::npos);
   EXPECT_FALSE(fs::exists(o.output));
 }
 

@@ -1,7 +1,5 @@
 #include "eval/sweep.h"
 
-#include <xxhash.h>
-
 #include <algorithm>
 #include <chrono>
 #include <ctime>
@@ -27,14 +25,8 @@ constexpr double kCrossingWidth = 1.0 / 32;  // of the interval that holds PPL-p
 constexpr int kSpeedRepeats = 3;
 constexpr int64_t kSpeedPrompt = 16;
 
-std::string hash_text(const void* data, size_t bytes) {
-  char text[17];
-  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(XXH3_64bits(data, bytes)));
-  return text;
-}
-
 std::string hash_tokens(const std::vector<int32_t>& tokens) {
-  return hash_text(tokens.data(), tokens.size() * sizeof(int32_t));
+  return fingerprint_of({reinterpret_cast<const char*>(tokens.data()), tokens.size() * sizeof(int32_t)});
 }
 
 /// Invalid UTF-8 in names becomes U+FFFD.
@@ -79,13 +71,11 @@ void check(const SweepOptions& o) {
   const auto unique = [](const char* what, const std::string& name, std::set<std::string>& names) {
     if (!names.insert(name).second) fail(what, ": \"", name, "\" is given twice");
   };
-  std::set<std::string> methods = {"dense"}, texts, sparsities, modes;
+  std::set<std::string> methods = {"dense"};  // its rows are always there
+  std::set<std::string> texts, sparsities, modes;
   if (o.methods.empty() || o.sparsities.empty() || o.texts.empty() || o.dense_prompts.empty())
     fail("sweep: needs a method, a sparsity, a text and a mode at least");
-  for (const SweepMethod& m : o.methods) {
-    if (m.name == "dense") fail("--methods: dense is always measured");
-    unique("--methods", m.name, methods);
-  }
+  for (const SweepMethod& m : o.methods) unique("--methods", m.name, methods);
   for (const SweepText& t : o.texts) unique("--file", t.name, texts);
   for (const double s : o.sparsities) {
     if (!(s > 0 && s <= 0.95)) fail("--sparsity ", s, ": expected numbers in (0, 0.95]");
@@ -138,7 +128,7 @@ class Sweep {
       texts.push_back({{"name", t.name}, {"tokens", t.tokens.size()}, {"hash", hash_tokens(t.tokens)}});
     const std::string config = read_file((fs::path(o.model) / "config.json").string());
     return {{"model", dense_.checkpoint->fingerprint()},
-            {"config", hash_text(config.data(), config.size())},
+            {"config", fingerprint_of(config)},
             {"methods", methods},
             {"sparsity", sparsities_},
             {"texts", texts},
@@ -320,8 +310,7 @@ class Sweep {
 
   void run_cell(const Cell& cell) {
     if (!cell.method) return measure(cell, dense_, kMissing);
-    const std::string key = dump(Json({cell.name(), cell.sparsity}));
-    const fs::path dir = output_ / ("model-" + hash_text(key.data(), key.size()));
+    const fs::path dir = output_ / ("model-" + fingerprint_of(dump(Json({cell.name(), cell.sparsity}))));
     double seconds = kMissing;
     if (!fs::exists(dir)) {
       note("sparsifying " + cell.label());
