@@ -177,6 +177,18 @@ TEST_F(SweepTest, WhatAMethodCannotReachIsARowWithItsReason) {
             std::string::npos);
 }
 
+TEST_F(SweepTest, PathsAreTakenAsPeopleWriteThem) {
+  EXPECT_EQ(model_name("models/demo-7m"), "demo-7m");
+  EXPECT_EQ(model_name("models/demo-7m//"), "demo-7m");
+  EXPECT_EQ(model_name("models/other/../demo-7m/."), "demo-7m");
+  EXPECT_EQ(model_name("."), fs::current_path().filename().string());
+  SweepOptions o = options("file");
+  std::ofstream(o.output) << "x";
+  EXPECT_EQ(message_of([&] { run(o); }), o.output + ": expected a directory to write in: Not a directory");
+  o.output += "/below/";
+  EXPECT_NE(message_of([&] { run(o); }).find("/below/: expected a directory"), std::string::npos);
+}
+
 TEST_F(SweepTest, PointsBelowTheGridAreMeasuredUntilTheCrossingIsNarrow) {
   SweepOptions o = options("share");
   o.texts.resize(1), o.dense_prompts = {0};
@@ -249,6 +261,7 @@ TEST(Results, TableAndFileAreTheSame) {
   EXPECT_EQ(refused(csv, ",0.1,", ",nan,"), "x.csv: line 2: column sparsity is \"nan\", expected a number");
   EXPECT_EQ(refused(csv, ",0.1,", ","), "x.csv: line 2: 27 fields, expected 28");
   EXPECT_EQ(refused(csv, "kl_error", "kl_err"), "x.csv: line 1: column \"kl_err\" is unknown");
+  EXPECT_EQ(refused(csv, "kl_error", "kl"), "x.csv: line 1: column \"kl\" stands there twice");
 }
 
 TEST(Results, CrossingIsInterpolatedInLogPerplexity) {

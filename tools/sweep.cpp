@@ -215,10 +215,7 @@ int run(const Flags& f, const CLI::App& app) {
   if (f.files.empty()) fail("-f: expected a text to score");
   SweepOptions options;
   options.model = f.model;
-  const fs::path name = fs::path(f.model).lexically_normal();
-  options.output = f.output.empty()
-                       ? (name.has_filename() ? name : name.parent_path()).filename().string() + "-sweep"
-                       : f.output;
+  options.output = f.output.empty() ? model_name(f.model) + "-sweep" : f.output;
   options.sparsities = f.sparsity;
   std::sort(options.sparsities.begin(), options.sparsities.end());
   for (const std::string& m : f.methods.empty() ? default_methods() : split_methods(f.methods)) {

@@ -151,7 +151,7 @@ class Report {
         {"conditions", conditions()}};
     const std::string page = filled(kReportPage, parts);
     const fs::path plots = dir_ / "plots";
-    fs::create_directories(plots);
+    make_directories(plots.string());
     for (const auto& [name, svg] : plots_) write_file((plots / name).string(), standalone_svg(svg));
     write_file((dir_ / "report.html").string(), page);
   }

@@ -171,6 +171,8 @@ std::vector<Row> from_csv(const std::string& text, const std::string& source,
     const auto found =
         std::find_if(columns.begin(), columns.end(), [&](const auto& c) { return name == c.name; });
     if (found == columns.end()) fail(source, ": line 1: column \"", name, "\" is unknown");
+    if (std::find(order.begin(), order.end(), &*found) != order.end())
+      fail(source, ": line 1: column \"", name, "\" stands there twice");
     order.push_back(&*found);
   }
   if (order.size() != columns.size())

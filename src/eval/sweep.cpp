@@ -151,7 +151,7 @@ class Sweep {
 
   Json facts() const {
     const ModelConfig& c = dense_.config;
-    return {{"name", fs::path(options_.model).lexically_normal().filename().string()},
+    return {{"name", model_name(options_.model)},
             {"architecture", c.architecture},
             {"parameters", parameter_count(c)},
             {"layers", c.layers},
@@ -162,7 +162,7 @@ class Sweep {
   }
 
   void open() {
-    fs::create_directories(output_);
+    make_directories(output_.string());
     lock_.emplace(output_.string());
     const std::string state = (output_ / kSweepFile).string();
     const Json now = Json::parse(dump(job()));
@@ -495,6 +495,17 @@ class Sweep {
 };
 
 }  // namespace
+
+std::string model_name(const std::string& path) {
+  const fs::path whole = fs::absolute(path).lexically_normal();
+  return (whole.has_filename() ? whole : whole.parent_path()).filename().string();
+}
+
+void make_directories(const std::string& path) {
+  std::error_code error;
+  fs::create_directories(path, error);
+  if (error) fail(path, ": expected a directory to write in: ", error.message());
+}
 
 void sweep(const SweepOptions& options, Backend& backend, ThreadPool& pool) {
   Sweep(options, backend, pool).run();

@@ -46,6 +46,11 @@ struct SweepOptions {
   std::function<void(const ResultRow&)> seen;  // after every row; may be empty
 };
 
+/// The name of a model's directory, however the path is written ("models/demo-7m/", ".").
+std::string model_name(const std::string& path);
+/// Makes a directory and those above it where absent. Throws Error naming it when it cannot be one.
+void make_directories(const std::string& path);
+
 inline constexpr const char* kResultsFile = "results.csv";
 inline constexpr const char* kLayersFile = "layers.csv";
 inline constexpr const char* kSweepFile = "sweep.json";
