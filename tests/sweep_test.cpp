@@ -2,6 +2,7 @@
 // them.
 #include "eval/sweep.h"
 
+#include <map>
 #include <set>
 
 #include "base/progress.h"
@@ -175,6 +176,32 @@ TEST_F(SweepTest, WhatAMethodCannotReachIsARowWithItsReason) {
   EXPECT_EQ(refused, 4u);
   EXPECT_NE(file_bytes(o.output + "/report.html").find("h2 only at 50 %: --sparsity 0.5: not reachable"),
             std::string::npos);
+}
+
+TEST_F(SweepTest, WeightBytesAreThoseOfADeployedForm) {
+  SweepOptions o = options("bytes");
+  o.texts.resize(1), o.dense_prompts = {0}, o.sparsities = {0.5};
+  o.methods = {method("folded", "larosa"), method("simulated", "larosa"), method("padded", "topk"),
+               method("cuts", "teal")};
+  o.methods[1].options.choice.form = Form::simulate;
+  o.methods[2].options.types.weights = DType::int4;
+  run(o);
+  std::map<std::string, ResultRow> by_name;
+  for (const ResultRow& row : rows("bytes")) by_name[row.method] = row;
+  // Weights with the gain merged are stored wider than the source's: not what is counted.
+  EXPECT_NEAR(by_name["simulated"].weight_bytes, by_name["folded"].weight_bytes, 1);
+  EXPECT_TRUE(std::isnan(by_name["simulated"].total_bytes));
+  const Model dense = load_model(o.model);
+  const auto all = static_cast<double>(token_bytes(dense).projections_dense);
+  EXPECT_EQ(by_name["dense"].weight_bytes, all);
+  EXPECT_DOUBLE_EQ(by_name["cuts"].weight_bytes, (1 - by_name["cuts"].reached) * all);
+  // Lines of int4 are padded to whole blocks.
+  SparsifyOptions made = o.methods[2].options;
+  made.source = o.model, made.output = dir_ / "made", made.choice.sparsity = 0.5, made.progress = false;
+  sparsify(made, o.calibration, o.calibration_window, *backend_, pool_);
+  const TokenBytes stored = token_bytes(load_model(made.output));
+  EXPECT_EQ(by_name["padded"].weight_bytes, static_cast<double>(stored.projections));
+  EXPECT_EQ(by_name["padded"].total_bytes, static_cast<double>(stored.sparse()));
 }
 
 TEST_F(SweepTest, PathsAreTakenAsPeopleWriteThem) {

@@ -27,9 +27,13 @@ struct ResultRow {
   double dense_ppl = kMissing;
   double kl = kMissing, kl_error = kMissing;  // to the dense model, nats per token
   double same_top = kMissing;  // share of predictions whose most likely token is the dense model's
-  double reached = kMissing;   // sparsity in weight bytes on this text
+  // Share of the projections' weights that a sparse token of this text did not read, low-rank products
+  // counted as read: that of their bytes where all stand in one type without padding.
+  double reached = kMissing;
   std::array<double, 4> site = {kMissing, kMissing, kMissing, kMissing};  // entries dropped, by Site
-  double weight_bytes = kMissing;   // of the projections, read per sparse token on this text
+  // Of the projections and low-rank products, read per sparse token: what the plan keeps; thresholds: the
+  // share reached of the stored bytes; simulated bases: of the source's, as deployed.
+  double weight_bytes = kMissing;
   double adapter_bytes = kMissing;  // per token
   double total_bytes = kMissing;    // per token, but for keys and values; missing where bases are simulated
   double dense_bytes = kMissing;    // the same of the dense model

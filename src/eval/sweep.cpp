@@ -359,16 +359,17 @@ class Sweep {
       row.dense_speed = dense_speed;
       row.sparsify_seconds = sparsify_seconds;
       score(cell, m, model, row);
-      const TokenBytes bytes = token_bytes(model);
-      row.weight_bytes = (1 - row.reached) * static_cast<double>(bytes.projections_dense);
+      const TokenBytes bytes = token_bytes(model), whole = token_bytes(dense_);
+      const auto planned = static_cast<double>(bytes.projections + bytes.low_rank);
+      // Simulated bases stand beside wider weights, which nobody would deploy. What a threshold keeps stands
+      // in no plan; what is reached counts low-rank products as read.
+      row.weight_bytes = simulated ? (1 - row.reached) * static_cast<double>(whole.projections_dense)
+                         : varies(model.plan)
+                             ? (1 - row.reached) * static_cast<double>(bytes.projections_dense)
+                             : planned;
       row.adapter_bytes = static_cast<double>(bytes.adapters);
-      row.dense_bytes = static_cast<double>(token_bytes(dense_).dense());
-      if (!simulated) {
-        row.total_bytes = static_cast<double>(bytes.sparse());
-        // What a threshold keeps stands in no plan; what is reached counts low-rank products as read.
-        if (varies(model.plan))
-          row.total_bytes += row.weight_bytes - static_cast<double>(bytes.projections + bytes.low_rank);
-      }
+      row.dense_bytes = static_cast<double>(whole.dense());
+      if (!simulated) row.total_bytes = static_cast<double>(bytes.sparse()) - planned + row.weight_bytes;
       add(row);
     }
   }
