@@ -178,6 +178,23 @@ TEST_F(SweepTest, WhatAMethodCannotReachIsARowWithItsReason) {
             std::string::npos);
 }
 
+TEST_F(SweepTest, AMethodThatOffersNoneOfTheListIsRefusedRows) {
+  SweepOptions o = options("none");
+  o.texts.resize(1), o.dense_prompts = {0}, o.sparsities = {0.9};
+  o.methods = {method("cats", "cats"), method("counted", "larosa")};
+  o.methods[1].options.count_adapters = true;
+  o.ppl_percent = 1;
+  o.layers = true;
+  run(o);
+  const auto found = rows("none");
+  ASSERT_EQ(found.size(), 3u);
+  EXPECT_TRUE(found[1].refused.starts_with("--sparsity 0.9: method cats")) << found[1].refused;
+  EXPECT_TRUE(found[2].refused.starts_with("--budget-includes-adapter: ")) << found[2].refused;
+  const std::string page = file_bytes(o.output + "/report.html");
+  for (const char* name : {"cats at 90 %: --sparsity 0.9", "counted at 90 %: --budget-includes-adapter"})
+    EXPECT_NE(page.find(name), std::string::npos) << name;
+}
+
 TEST_F(SweepTest, WeightBytesAreThoseOfADeployedForm) {
   SweepOptions o = options("bytes");
   o.texts.resize(1), o.dense_prompts = {0}, o.sparsities = {0.5};

@@ -37,9 +37,8 @@ struct Preset {
   Strings flags;
 };
 const std::vector<Preset>& presets() {
-  static const std::vector<Preset> table = {
-      {"paper", "larosa", {"--preset", "paper", "--form", "simulate"}},
-      {"paper-folded", "larosa", {"--preset", "paper", "--form", "folded"}}};
+  static const std::vector<Preset> table = {{"paper", "larosa", {"--preset=paper", "--form=simulate"}},
+                                            {"paper-folded", "larosa", {"--preset=paper", "--form=folded"}}};
   return table;
 }
 
@@ -92,14 +91,12 @@ Strings method_arguments(const Flags& f, const std::string& name) {
   while (!rest.empty()) {
     const size_t comma = rest.find(','), equals = rest.substr(0, comma).find('=');
     if (equals != std::string::npos) {
-      const std::string option = rest.substr(0, equals);
+      const std::string option = rest.substr(0, equals), prefix = "--" + option + "=";
       if (std::find(std::begin(kSweeps), std::end(kSweeps), option) != std::end(kSweeps))
         fail("--methods ", name, ": ", option, " is not an option of a method");
       // The last one counts, so that a preset can be changed.
-      const auto given = std::find(arguments.begin(), arguments.end(), "--" + option);
-      if (given != arguments.end()) arguments.erase(given, given + 2);
-      arguments.push_back("--" + option);
-      arguments.push_back(rest.substr(equals + 1, comma == std::string::npos ? comma : comma - equals - 1));
+      std::erase_if(arguments, [&](const std::string& a) { return a.starts_with(prefix); });
+      arguments.push_back("--" + rest.substr(0, comma));  // one word, as flags take a value
       value = true;
     } else if (value) {
       arguments.back() += "," + rest.substr(0, comma);
@@ -111,14 +108,14 @@ Strings method_arguments(const Flags& f, const std::string& name) {
   return arguments;
 }
 
-/// A method's options, checked at the least sparsity that it offers: what it refuses of the others is a
-/// matter of the sweep.
-SweepMethod parse_method(const Flags& f, const std::string& name, const std::vector<double>& sparsities) {
+/// A method's options, checked at the least sparsity that it offers, or at 0 where it offers none of them:
+/// what it refuses is a matter of the sweep, which makes rows with the reason of it.
+SweepMethod parse_method(const Flags& f, const std::string& name, std::vector<double> sparsities) {
+  sparsities.push_back(0);
   std::string reason;
   for (const double s : sparsities) {
     Strings arguments = method_arguments(f, name);
-    arguments.push_back("--sparsity");
-    arguments.push_back(std::to_string(s));
+    arguments.push_back("--sparsity=" + std::to_string(s));
     try {
       return {name, parse_sparsify(arguments)};
     } catch (const Error& e) {

@@ -67,6 +67,11 @@ struct Cell {
   std::string label() const { return method ? name() + " " + percent(sparsity) : name(); }
 };
 
+/// True for what a method says of a sparsity that it does not offer.
+bool is_refusal(const std::string& reason) {
+  return reason.starts_with("--sparsity") || reason.starts_with("--budget-includes-adapter:");
+}
+
 void check(const SweepOptions& o) {
   const auto unique = [](const char* what, const std::string& name, std::set<std::string>& names) {
     if (!names.insert(name).second) fail(what, ": \"", name, "\" is given twice");
@@ -325,7 +330,7 @@ class Sweep {
         sparsify(o, options_.calibration, options_.calibration_window, backend_, pool_);
       } catch (const Error& e) {
         const std::string reason = e.what();
-        if (!reason.starts_with("--sparsity")) throw;
+        if (!is_refusal(reason)) throw;
         fs::remove_all(dir.string() + ".partial");
         return refuse(cell, reason.substr(0, reason.find(" (what is finished stands in")));
       }

@@ -57,9 +57,9 @@ inline constexpr const char* kSweepFile = "sweep.json";
 
 /// Runs what is not measured yet and stores every row when it is. First the dense model, then the grid, then
 /// points below the least measured sparsity for methods that lose ppl_percent before it: the interval that
-/// holds the crossing is halved until it is at most 1/32 wide. What a method refuses ("--sparsity …" Errors)
-/// becomes a row with the reason. Throws Error for a directory begun with other options, duplicate names,
-/// texts shorter than one window; Interrupted when asked to stop.
+/// holds the crossing is halved until it is at most 1/32 wide. What a method refuses ("--sparsity …" and
+/// "--budget-includes-adapter: …" Errors) becomes a row with the reason. Throws Error for a directory begun
+/// with other options, duplicate names, texts shorter than one window; Interrupted when asked to stop.
 void sweep(const SweepOptions& options, Backend& backend, ThreadPool& pool);
 
 }  // namespace larosa
