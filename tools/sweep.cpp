@@ -90,7 +90,7 @@ Strings method_arguments(const Flags& f, const std::string& name) {
   std::string rest = colon == std::string::npos ? "" : name.substr(colon + 1);
   while (!rest.empty()) {
     const size_t comma = rest.find(','), equals = rest.substr(0, comma).find('=');
-    if (equals != std::string::npos) {
+    if (equals != std::string::npos && equals + 1 < std::min(comma, rest.size())) {
       const std::string option = rest.substr(0, equals), prefix = "--" + option + "=";
       if (std::find(std::begin(kSweeps), std::end(kSweeps), option) != std::end(kSweeps))
         fail("--methods ", name, ": ", option, " is not an option of a method");
@@ -98,7 +98,7 @@ Strings method_arguments(const Flags& f, const std::string& name) {
       std::erase_if(arguments, [&](const std::string& a) { return a.starts_with(prefix); });
       arguments.push_back("--" + rest.substr(0, comma));  // one word, as flags take a value
       value = true;
-    } else if (value) {
+    } else if (value && equals == std::string::npos) {
       arguments.back() += "," + rest.substr(0, comma);
     } else {
       fail("--methods ", name, ": expected option=value behind the colon");

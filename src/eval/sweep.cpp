@@ -366,12 +366,11 @@ class Sweep {
       score(cell, m, model, row);
       const TokenBytes bytes = token_bytes(model), whole = token_bytes(dense_);
       const auto planned = static_cast<double>(bytes.projections + bytes.low_rank);
-      // Simulated bases stand beside wider weights, which nobody would deploy. What a threshold keeps stands
-      // in no plan; what is reached counts low-rank products as read.
-      row.weight_bytes = simulated ? (1 - row.reached) * static_cast<double>(whole.projections_dense)
-                         : varies(model.plan)
-                             ? (1 - row.reached) * static_cast<double>(bytes.projections_dense)
-                             : planned;
+      // Simulated bases stand beside wider weights, which nobody would deploy; what a threshold keeps stands
+      // in no plan. What is reached counts low-rank products as read.
+      const auto stored = static_cast<double>((simulated ? whole : bytes).projections_dense);
+      const bool measured = simulated || varies(model.plan);
+      row.weight_bytes = measured ? std::round((1 - row.reached) * stored) : planned;
       row.adapter_bytes = static_cast<double>(bytes.adapters);
       row.dense_bytes = static_cast<double>(whole.dense());
       if (!simulated) row.total_bytes = static_cast<double>(bytes.sparse()) - planned + row.weight_bytes;
