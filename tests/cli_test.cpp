@@ -565,6 +565,12 @@ TEST_F(Cli, SweepsNameMethodsByTheFlagsOfSparsify) {
   fs::remove(dir_ / "grid/report.html");
   EXPECT_EQ(run({"sweep", "-o", dir_ / "grid"}).code, 0);
   EXPECT_EQ(file_bytes(dir_ / "grid/report.html"), page);
+  Arguments beyond = grid;
+  beyond[3] = "cats", beyond[5] = "0.9", beyond[13] = dir_ / "beyond";
+  beyond.insert(beyond.end(), {"--calib", text(), "--calib-tokens", "64"});
+  const Outcome refused = run(beyond);
+  EXPECT_EQ(refused.code, 0) << refused.err;
+  EXPECT_NE(file_bytes(dir_ / "beyond/results.csv").find("--sparsity 0.9: method cats"), std::string::npos);
   Arguments other = grid;
   other[11] = "3";
   expect_refused(other, {"grid", "chunks was 2, now 3"});
@@ -576,6 +582,8 @@ TEST_F(Cli, SweepsNameMethodsByTheFlagsOfSparsify) {
   refuse("topk,dense", {"dense is always measured"});
   refuse("topk:calib=x", {"calib is not an option of a method"});
   refuse("topk:score", {"option=value"});
+  refuse("topk:score=", {"option=value"});
+  refuse("topk:budget-includes-adapter=true", {"has no adapters"});
   refuse("topk:score=best", {"topk:score=best", "--score"});
   refuse("topk:pool=off", {"topk:pool=off", "does not use it"});
   refuse("larosa", {"--calib", "larosa"});
