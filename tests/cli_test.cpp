@@ -166,6 +166,9 @@ TEST_F(Cli, TheUndamagedModelRuns) {
   EXPECT_NEAR(nlohmann::json::parse(inspect.out)["plan"]["sparsity_weight_bytes"].get<double>(), 0.5, 0.01);
   const Outcome bench = run({"bench", dir_ / "sparse", "-p", "8", "-n", "4", "-r", "1", "-o", "json"});
   EXPECT_EQ(nlohmann::json::parse(bench.out).size(), 4u) << bench.err;
+  EXPECT_EQ(run({"sparsify", model(), "-o", dir_ / "dense", "--method", "dense"}).code, 0);
+  const Outcome once = run({"bench", dir_ / "dense", "-p", "0", "-n", "4", "-r", "1", "-o", "json"});
+  EXPECT_EQ(nlohmann::json::parse(once.out).size(), 1u) << once.err;  // not dense beside itself
   EXPECT_TRUE(
       std::regex_search(run({"--version"}).out, std::regex("larosa [0-9.]+ \\(.+\\), cpu: .*cuda: ")));
 }

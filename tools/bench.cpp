@@ -297,7 +297,8 @@ std::vector<Reading> load(const Flags& f, Model& model, Machine& home) {
     model = load_model(f.model);
     place(model, *home.backend);
     std::vector<Reading> readings = {dense_reading(model)};
-    if (is_larosa_dir(f.model)) readings.push_back(reading_of(model));
+    const auto as_read = [](const Layer& layer) { return layer.plan == dense_layer(); };
+    if (!std::ranges::all_of(model.layers, as_read)) readings.push_back(reading_of(model));
     return readings;
   }
   const ModelConfig config = parse_config(read_json(f.config), f.config);
