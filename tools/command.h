@@ -53,6 +53,20 @@ struct Machine {
 };
 Machine make_machine(const MachineOptions& options);
 
+class Tokenizer;
+struct PerplexityOptions;
+/// Flags that say how a text is scored: --protocol, -c/--ctx-size, --stride, --chunks.
+struct ScoringFlags {
+  std::string protocol = "raw";
+  int64_t context = 0, stride = 0, chunks = 0;  // 0: the protocol's; the window; all
+  void declare(CLI::App& app);
+  /// Checked against the context of the model (the lesser one of two). Throws Error naming the flag.
+  PerplexityOptions options(const Tokenizer& tokenizer, int64_t most) const;
+  /// The ids of a text under the protocol. Throws Error (file) when they are fewer than it needs.
+  std::vector<int32_t> tokens(const Tokenizer& tokenizer, const std::string& text, const std::string& file,
+                              int64_t window) const;
+};
+
 /// For printing: indented, paths that are not UTF-8 with U+FFFD.
 std::string json_text(const nlohmann::ordered_json& json);
 

@@ -18,8 +18,8 @@ namespace larosa {
 namespace {
 
 struct Flags {
-  std::string model, file, against, protocol = "raw", kv = "f32";
-  int64_t context = 0, stride = 0, chunks = 0;
+  std::string model, file, against, kv = "f32";
+  ScoringFlags scoring;
   double dense_prompt = 0;
   bool check_tensors = false, json = false;
   MachineOptions machine;
@@ -31,7 +31,7 @@ void print_text(const Flags& f, const PerplexityOptions& options, const Perplexi
   std::printf(
       "protocol %s, context %ld, %ld windows, %ld predictions, products %s, cache %s, dense prompt %g, %.0f "
       "tokens/s\n",
-      f.protocol.c_str(), static_cast<long>(options.context), static_cast<long>(r.windows),
+      f.scoring.protocol.c_str(), static_cast<long>(options.context), static_cast<long>(r.windows),
       static_cast<long>(r.predictions), backend.products_name().c_str(), f.kv.c_str(), options.dense_prompt,
       static_cast<double>(r.tokens) / r.seconds);
   if (!f.against.empty()) {
@@ -55,7 +55,7 @@ void print_json(const Flags& f, const PerplexityOptions& options, const Perplexi
                 const Backend& backend) {
   const Mean ppl = perplexity_of(r.nll);
   nlohmann::ordered_json j = {{"model", f.model},
-                              {"protocol", f.protocol},
+                              {"protocol", f.scoring.protocol},
                               {"context", options.context},
                               {"stride", options.stride > 0 ? options.stride : options.context},
                               {"windows", r.windows},
@@ -83,40 +83,24 @@ void print_json(const Flags& f, const PerplexityOptions& options, const Perplexi
 }
 
 int run(const Flags& f) {
-  const Protocol& protocol = find_protocol(f.protocol);
+  find_protocol(f.scoring.protocol);  // a wrong name is no reason to load a model
   Machine machine = make_machine(f.machine);
   Model model = load_model(f.model);
   std::optional<Model> reference;
   if (!f.against.empty()) reference = load_model(f.against);
   if (f.check_tensors) check_finite(model);
   if (f.check_tensors && reference) check_finite(*reference);
-  PerplexityOptions options;
-  options.context = f.context != 0 ? f.context : std::min(protocol.context, model.config.context);
-  const int64_t most =
-      std::min(model.config.context, reference ? reference->config.context : model.config.context);
-  if (f.context == 0) options.context = std::min(options.context, most);
-  if (options.context < 2 || options.context > most)
-    fail("-c ", options.context, ": expected 2 to the model's context of ", most);
+  const int64_t most = std::min(model.config.context, (reference ? *reference : model).config.context);
   if (!(f.dense_prompt >= 0 && f.dense_prompt < 1))
     fail("--dense-prompt ", f.dense_prompt, ": expected a number in [0, 1)");
-  if (f.stride < 0 || f.stride > options.context)
-    fail("--stride ", f.stride, ": expected 1 to the window's ", options.context, " tokens");
-  options.stride = f.stride;
-  options.last_window = protocol.last_window;
-  options.skipped_share = protocol.skipped_share;
+  const Tokenizer tokenizer = Tokenizer::load(f.model);
+  PerplexityOptions options = f.scoring.options(tokenizer, most);
   options.dense_prompt = f.dense_prompt;
-  options.most_windows = f.chunks;
   options.kv = kv_dtype(f.kv);
   const std::string text = read_file(f.file);
-  if (text.empty()) fail(f.file, ": is empty");
-  const Tokenizer tokenizer = Tokenizer::load(f.model);
-  if (protocol.window_bos && tokenizer.adds_special()) options.bos = tokenizer.bos();
-  const auto tokens = protocol_tokens(protocol, tokenizer, text);
-  if (reference && protocol_tokens(protocol, Tokenizer::load(f.against), text) != tokens)
+  const auto tokens = f.scoring.tokens(tokenizer, text, f.file, options.context);
+  if (reference && f.scoring.tokens(Tokenizer::load(f.against), text, f.file, options.context) != tokens)
     fail("--against ", f.against, ": its tokenizer cuts ", f.file, " into other tokens");
-  const int64_t least = std::max<int64_t>(2, protocol.least_windows * options.context);
-  if (static_cast<int64_t>(tokens.size()) < least)
-    fail(f.file, ": ", tokens.size(), " tokens, protocol ", protocol.name, " needs ", least);
   place(model, *machine.backend);
   if (reference) place(*reference, *machine.backend);
   std::fprintf(stderr, "%s\n", machine.backend->describe().c_str());
@@ -143,13 +127,7 @@ std::function<int()> setup_perplexity(CLI::App& app) {
   auto f = std::make_shared<Flags>();
   app.add_option("model,-m,--model", f->model, "Model directory")->required();
   app.add_option("-f,--file", f->file, "Text (- for standard input)")->required();
-  app.add_option("--protocol", f->protocol, "raw, larosa, hf or llama.cpp")->capture_default_str();
-  app.add_option("-c,--ctx-size", f->context,
-                 "Tokens per window (default: the protocol's, at most the model's context)");
-  app.add_option("--stride", f->stride,
-                 "Tokens from window to window (default: the window); overlaps are context only");
-  app.add_option("--chunks", f->chunks, "Score only the first windows")
-      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40));
+  f->scoring.declare(app);
   app.add_option("--dense-prompt", f->dense_prompt, "Share of each window that runs dense and is not scored")
       ->capture_default_str();
   app.add_option("--against", f->against, "Reference model: also KL divergence and equal top tokens");

@@ -21,10 +21,11 @@ namespace fs = std::filesystem;
 using Strings = std::vector<std::string>;
 
 struct Flags {
-  std::string model, output, calib, protocol = "raw";
+  std::string model, output, calib;
+  ScoringFlags scoring;
   Strings methods, files;
   std::vector<double> sparsity = {0.25, 0.4, 0.5, 0.6, 0.7}, dense_prompt = {0};
-  int64_t calib_tokens = 0, context = 0, stride = 0, chunks = 0, speed_tokens = 32;
+  int64_t calib_tokens = 0, speed_tokens = 32;
   double ppl_share = 1;
   bool no_kl = false, no_speed = false, layers = false;
   MachineOptions machine;
@@ -136,28 +137,10 @@ Strings default_methods() {
 }
 
 void read_texts(const Flags& f, SweepOptions& options) {
-  const Protocol& protocol = find_protocol(f.protocol);
-  const int64_t most = load_config(f.model).context;
-  PerplexityOptions& scoring = options.scoring;
-  scoring.context = f.context != 0 ? f.context : std::min(protocol.context, most);
-  if (scoring.context < 2 || scoring.context > most)
-    fail("-c ", scoring.context, ": expected 2 to the model's context of ", most);
-  if (f.stride < 0 || f.stride > scoring.context)
-    fail("--stride ", f.stride, ": expected 1 to the window's ", scoring.context, " tokens");
-  scoring.stride = f.stride;
-  scoring.last_window = protocol.last_window;
-  scoring.skipped_share = protocol.skipped_share;
-  scoring.most_windows = f.chunks;
   const Tokenizer tokenizer = Tokenizer::load(f.model);
-  if (protocol.window_bos && tokenizer.adds_special()) scoring.bos = tokenizer.bos();
+  options.scoring = f.scoring.options(tokenizer, load_config(f.model).context);
   for (const std::string& file : f.files) {
-    const std::string text = read_file(file);
-    if (text.empty()) fail(file, ": is empty");
-    auto tokens = protocol_tokens(protocol, tokenizer, text);
-    const int64_t least =
-        std::max<int64_t>(2, std::max<int64_t>(1, protocol.least_windows) * scoring.context);
-    if (static_cast<int64_t>(tokens.size()) < least)
-      fail(file, ": ", tokens.size(), " tokens, at least ", least, " are needed");
+    auto tokens = f.scoring.tokens(tokenizer, read_file(file), file, options.scoring.context);
     options.texts.push_back({fs::path(file).filename().string(), std::move(tokens)});
   }
 }
@@ -220,7 +203,7 @@ int run(const Flags& f, const CLI::App& app) {
     options.methods.push_back(parse_method(f, m, options.sparsities));
   }
   options.dense_prompts = f.dense_prompt;
-  options.protocol = f.protocol;
+  options.protocol = f.scoring.protocol;
   options.kl = !f.no_kl;
   options.layers = f.layers;
   options.speed_tokens = f.no_speed ? 0 : f.speed_tokens;
@@ -241,7 +224,6 @@ int run(const Flags& f, const CLI::App& app) {
 
 std::function<int()> setup_sweep(CLI::App& app) {
   auto f = std::make_shared<Flags>();
-  const auto count = CLI::Range(int64_t{1}, int64_t{1} << 40);
   app.add_option("model,-m,--model", f->model, "Hugging Face directory (without it: the report of -o again)");
   app.add_option(
       "-o,--output", f->output,
@@ -257,11 +239,7 @@ std::function<int()> setup_sweep(CLI::App& app) {
   app.add_option("--calib-tokens", f->calib_tokens, "Tokens of it to use (default: as sparsify)")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 24));
   app.add_option("-f,--file", f->files, "Texts to score, by commas")->delimiter(',');
-  app.add_option("--protocol", f->protocol, "raw, larosa, hf or llama.cpp")->capture_default_str();
-  app.add_option("-c,--ctx-size", f->context,
-                 "Tokens per window (default: the protocol's, at most the model's context)");
-  app.add_option("--stride", f->stride, "Tokens from window to window (default: the window)");
-  app.add_option("--chunks", f->chunks, "Score only the first windows of every text")->check(count);
+  f->scoring.declare(app);
   app.add_option("--dense-prompt", f->dense_prompt,
                  "Modes by commas: share of each window that runs dense and is not scored")
       ->delimiter(',')
