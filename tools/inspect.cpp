@@ -21,17 +21,14 @@ nlohmann::ordered_json describe(const Model& model) {
   const PlanShape shape = plan_shape(c);
   const TokenBytes bytes = token_bytes(model);
   Json sites = Json::object(), layers = Json::array();
-  std::array<double, 4> mean{};
   for (const Layer& layer : model.layers) {
     Json row = Json::object();
     for (Site site : kSites) {
-      const double s = site_sparsity(layer.plan, site, shape);
-      row[site_name(site)] = s;
-      mean[static_cast<size_t>(site)] += s / static_cast<double>(c.layers);
+      row[site_name(site)] = site_sparsity(layer.plan, site, shape);
     }
     layers.push_back(row);
   }
-  for (Site site : kSites) sites[site_name(site)] = mean[static_cast<size_t>(site)];
+  for (Site site : kSites) sites[site_name(site)] = site_sparsity(model.plan, site, shape);
   return {{"architecture",
            {{"family", c.architecture},
             {"layers", c.layers},

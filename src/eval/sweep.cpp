@@ -396,7 +396,7 @@ class Sweep {
     row.reached = r.reached ? *r.reached : weight_sparsity(model.plan, shape);
     for (const Site site : kSites) {
       const auto i = static_cast<size_t>(site);
-      row.site[i] = r.reached ? r.reached_sites[i] : mean_sparsity(model.plan, site, shape);
+      row.site[i] = r.reached ? r.reached_sites[i] : site_sparsity(model.plan, site, shape);
     }
     const Mean ppl = perplexity_of(r.nll);
     if (!std::isfinite(ppl.value) || !std::isfinite(ppl.error)) {
@@ -411,12 +411,6 @@ class Sweep {
     row.kl = r.kl.value;
     row.kl_error = r.kl.error;
     row.same_top = r.same_top;
-  }
-
-  static double mean_sparsity(const Plan& plan, Site site, const PlanShape& shape) {
-    double sum = 0;
-    for (const LayerPlan& layer : plan.layers) sum += site_sparsity(layer, site, shape);
-    return plan.layers.empty() ? 0 : sum / static_cast<double>(plan.layers.size());
   }
 
   /// Divergence when layer l alone is thinned, from the same weights with every channel read: exact for any

@@ -276,4 +276,10 @@ double site_sparsity(const LayerPlan& layer, Site site, const PlanShape& shape) 
   return groups ? dropped / groups : 0;
 }
 
+double site_sparsity(const Plan& plan, Site site, const PlanShape& shape) {
+  double sum = 0;
+  for (const LayerPlan& layer : plan.layers) sum += site_sparsity(layer, site, shape);
+  return plan.layers.empty() ? 0 : sum / static_cast<double>(plan.layers.size());
+}
+
 }  // namespace larosa

@@ -97,5 +97,7 @@ double weight_sparsity(const LayerPlan& layer, const PlanShape& shape);
 double weight_sparsity(const Plan& plan, const PlanShape& shape);
 /// Share of the entries of a site that are dropped in a layer (the mean over the groups that read it).
 double site_sparsity(const LayerPlan& layer, Site site, const PlanShape& shape);
+/// Its mean over the layers.
+double site_sparsity(const Plan& plan, Site site, const PlanShape& shape);
 
 }  // namespace larosa
