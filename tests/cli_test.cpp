@@ -753,6 +753,10 @@ TEST_F(Cli, InterruptedEvalResumes) {
   Arguments other = cut;
   other.insert(other.end(), {"--kv", "f16"});
   expect_refused(other, {"cut.json.partial:1", "other options"});
+  edit_json(copy("turned") + "/config.json", [](nlohmann::json& j) { j["rope_theta"] = 77.0; });
+  Arguments turned = cut;
+  turned[1] = dir_ / "turned";
+  expect_refused(turned, {"cut.json.partial:1", "another model"});
   ASSERT_EQ(run(cut).code, 0);
   EXPECT_FALSE(fs::exists(dir_ / "cut.json.partial"));
   EXPECT_TRUE(file_bytes(dir_ / "cut.json") == file_bytes(dir_ / "whole.json"));

@@ -2,6 +2,7 @@
 #include "sparsify_fixture.h"
 
 #include <functional>
+#include <numeric>
 #include <set>
 
 #include "base/error.h"
@@ -14,7 +15,16 @@
 namespace larosa {
 namespace {
 
-using Methods = Sparsify;
+class Methods : public Sparsify {
+ protected:
+  /// A text that no calibration has seen.
+  PerplexityResult score(const Model& model) {
+    PerplexityOptions scoring;
+    scoring.context = kWindow;
+    return perplexity(model, nullptr, *backend_, pool_, some_tokens(model.config.vocab, 16 * kWindow, 11),
+                      scoring, [](const PerplexityResult&, int64_t) {});
+  }
+};
 
 std::vector<SparsifyOptions> other_bases(double sparsity) {
   SparsifyOptions separate, grouped, one, wina;
@@ -143,6 +153,11 @@ TEST_F(Methods, CatsAndRsparseReachTheirBudget) {
     EXPECT_GT(off, 0.01);
     EXPECT_LT(off, 0.7);
     EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 1), sparse), 0.01);
+    const PerplexityResult r = score(model);
+    EXPECT_NEAR(r.reached.value(), sparsity, 0.02);
+    // What CATS leaves out of up are outputs, not entries of h3.
+    EXPECT_EQ(r.reached_sites[2] > 0, std::string(method) == "rsparse");
+    EXPECT_GT(r.reached_sites[3], 0.2);
   }
 }
 
@@ -196,6 +211,14 @@ TEST_F(Methods, TrainedSparseEqualsDenseBitForBit) {
     EXPECT_EQ(chooses, original.config.sparse_ratio == 0);
     EXPECT_EQ(stored.layers[0].weights[Projection::up].layout, chooses ? Layout::rows : Layout::channels);
     EXPECT_EQ(lines.layers[0].weights[Projection::up].layout, Layout::channels);
+    if (chooses) {  // int8 reads up whole and drops of down alone
+      const auto& weights = plan_shape(original.config).projection_weights;
+      const PerplexityResult by_outputs = score(stored), by_channels = score(lines);
+      const double down = static_cast<double>(weights[static_cast<size_t>(Projection::down)]) /
+                          static_cast<double>(std::accumulate(weights.begin(), weights.end(), int64_t{0}));
+      EXPECT_NEAR(by_channels.reached.value(), by_channels.reached_sites[3] * down, 1e-9);
+      EXPECT_GT(by_outputs.reached.value(), by_channels.reached.value() + 0.05);
+    }
     const auto expected = all_logits(original, *backend_, tokens, 1);
     EXPECT_LT(relative_rms(all_logits(stored, *backend_, tokens, 1), expected), 1e-5);
     options.types = {};
@@ -234,12 +257,7 @@ TEST_F(Methods, ThresholdsReachTheirBudgetOnOtherText) {  // law 7
     make(source, dir / "out", options);
     const Model model = load_model(dir / "out");
     EXPECT_NEAR(weight_sparsity(model.plan, plan_shape(model.config)), options.choice.sparsity, 0.005);
-    PerplexityOptions scoring;
-    scoring.context = kWindow;
-    const auto result =
-        perplexity(model, nullptr, *backend_, pool_, some_tokens(model.config.vocab, 16 * kWindow, 11),
-                   scoring, [](const PerplexityResult&, int64_t) {});
-    return result.reached.value();
+    return score(model).reached.value();
   };
   for (const double sparsity : {0.25, 0.75})
     EXPECT_NEAR(reached(demo_model(), teal(sparsity)), sparsity, 0.01);

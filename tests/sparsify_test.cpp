@@ -361,6 +361,20 @@ TEST_F(Sparsify, ReachesItsBudget) {  // law 7
   }
 }
 
+/// -1: it did not end by itself.
+int exit_code(pid_t child) {
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+void expect_same_files(const std::filesystem::path& one, const std::filesystem::path& other) {
+  for (const auto& entry : std::filesystem::directory_iterator(one)) {
+    const auto name = entry.path().filename();
+    EXPECT_TRUE(file_bytes(entry.path().string()) == file_bytes((other / name).string())) << name;
+  }
+}
+
 TEST_F(Sparsify, FullDiskLeavesNothingAndResumes) {
   TemporaryDir dir;
   make(demo_model(), dir / "whole", with_sparsity(0.5));
@@ -377,19 +391,13 @@ TEST_F(Sparsify, FullDiskLeavesNothingAndResumes) {
     }
     _exit(5);
   }
-  int status = 0;
-  waitpid(child, &status, 0);
-  ASSERT_TRUE(WIFEXITED(status));
-  EXPECT_EQ(WEXITSTATUS(status), 3);
+  EXPECT_EQ(exit_code(child), 3);
   EXPECT_FALSE(std::filesystem::exists(dir / "out"));
   EXPECT_TRUE(std::filesystem::exists(dir / "out.partial"));
   EXPECT_THROW(make(demo_model(), dir / "out", with_sparsity(0.4)), Error);  // other options: not mixed
   make(demo_model(), dir / "out", with_sparsity(0.5));
   EXPECT_FALSE(std::filesystem::exists(dir / "out.partial"));
-  for (const auto& entry : std::filesystem::directory_iterator(dir / "whole")) {
-    const std::string name = entry.path().filename().string();
-    EXPECT_TRUE(file_bytes(dir / ("whole/" + name)) == file_bytes(dir / ("out/" + name))) << name;
-  }
+  expect_same_files(dir / "whole", dir / "out");
 }
 
 TEST_F(Sparsify, ResumesBetweenTwoPlans) {
@@ -411,10 +419,7 @@ TEST_F(Sparsify, ResumesBetweenTwoPlans) {
     }
     _exit(5);
   }
-  int status = 0;
-  waitpid(child, &status, 0);
-  ASSERT_TRUE(WIFEXITED(status));
-  EXPECT_EQ(WEXITSTATUS(status), 3);
+  EXPECT_EQ(exit_code(child), 3);
   EXPECT_FALSE(std::filesystem::exists(dir / "out"));
   EXPECT_TRUE(std::filesystem::exists(partial + "/plan-2.json"));
   EXPECT_FALSE(std::filesystem::exists(partial + "/plan-7.json"));
@@ -432,10 +437,7 @@ TEST_F(Sparsify, ResumesBetweenTwoPlans) {
   std::ofstream(partial + "/plan-0.json") << plan;
   make(demo_model(), dir / "out", teal(0.5));
   EXPECT_FALSE(std::filesystem::exists(partial));
-  for (const auto& entry : std::filesystem::directory_iterator(dir / "whole")) {
-    const std::string name = entry.path().filename().string();
-    EXPECT_TRUE(file_bytes(dir / ("whole/" + name)) == file_bytes(dir / ("out/" + name))) << name;
-  }
+  expect_same_files(dir / "whole", dir / "out");
 }
 
 TEST_F(Sparsify, RefusesBadInput) {
