@@ -107,6 +107,18 @@ HWY_INLINE float half_at(const std::byte* scales, int64_t i) {
   std::memcpy(&bits, scales + 2 * i, sizeof(bits));
   return f16_to_f32(bits);
 }
+/// One vector of f16 that stand anywhere.
+HWY_INLINE Floats load_halves(const std::byte* p) {
+#if HWY_TARGET == HWY_SCALAR || HWY_TARGET == HWY_EMU128
+  HWY_ALIGN uint16_t half[hn::MaxLanes(FloatTag())];
+  std::memcpy(half, p, sizeof(half));
+  return widen_half(half);
+#else
+  const hn::Rebind<hwy::float16_t, FloatTag> d16;
+  const hn::Repartition<uint8_t, decltype(d16)> d8;
+  return hn::PromoteTo(FloatTag(), hn::BitCast(d16, hn::LoadU(d8, reinterpret_cast<const uint8_t*>(p))));
+#endif
+}
 /// One vector of int8 levels.
 HWY_INLINE Floats widen_int8(const std::byte* p) {
   const hn::Rebind<int8_t, FloatTag> d8;
