@@ -263,18 +263,21 @@ Report measure(const Flags& f, Model& model, const std::vector<Reading>& reading
       if (f.gen > 0) station.timeline.feed(deepest, std::min<int64_t>(f.gen, 2), false, Pass{});
     }
   }
-  constexpr int64_t kBandwidthBytes = int64_t{1} << 30;
+  constexpr int64_t kBandwidthBytes = int64_t{1} << 29;
   Progress progress("bench", f.reps * static_cast<int64_t>(tasks.size()), !f.machine.no_progress);
   for (int64_t rep = 0, done = 0; rep < f.reps; ++rep) {
-    double bandwidth = 0;
+    // Before and after every row: a shared host's bandwidth can double or halve from one second to the next.
+    double before = 0;
     for (size_t t = 0; t < tasks.size(); ++t) {
       Station& station = *stations[tasks[t].station];
-      if (t == 0 || tasks[t].station != tasks[t - 1].station)
-        bandwidth = station.machine.backend->measure_bandwidth(kBandwidthBytes);
+      const auto bandwidth = [&] { return station.machine.backend->measure_bandwidth(kBandwidthBytes); };
+      if (t == 0 || tasks[t].station != tasks[t - 1].station) before = bandwidth();
       use(model, readings[tasks[t].reading]);
       Row& row = report.rows[t];
-      row.bandwidth.push_back(bandwidth);
       time_row(row, station);
+      const double after = bandwidth();
+      row.bandwidth.push_back((before + after) / 2);
+      before = after;
       progress.update(++done);
     }
   }

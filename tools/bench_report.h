@@ -24,7 +24,7 @@ struct Row {
   int64_t depth = 0, tokens = 0;
   bool prompt = false;
   double bytes = 0, dense_bytes = 0;       // read per token, of the dense reading; 0 for prompts
-  std::vector<double> seconds, bandwidth;  // per repetition; GB/s read just before with these threads
+  std::vector<double> seconds, bandwidth;  // per repetition; GB/s read beside it, same threads
   std::vector<OperationRow> operations;
 
   /// "tg16", "pp512 @ d1024".
