@@ -31,7 +31,7 @@ double measure_read_bandwidth(ThreadPool& pool, int64_t bytes) {
   const HugePages pages(words * 8);
   auto* memory = reinterpret_cast<uint64_t*>(pages.data());
   pool.split(words, kLine, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 1); });
-  std::array<double, 5> rates;
+  std::array<double, 5> rates{};
   for (double& rate : rates) {
     std::vector<uint64_t> totals(static_cast<size_t>(pool.size()));
     const auto start = std::chrono::steady_clock::now();

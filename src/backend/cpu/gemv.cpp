@@ -164,8 +164,14 @@ struct Sums {
   /// body(k, vector k).
   template <class Body>
   HWY_INLINE void each(const Body& body) const {
-    body(0, s0), body(1, s1), body(2, s2), body(3, s3);
-    body(4, s4), body(5, s5), body(6, s6), body(7, s7);
+    body(0, s0);
+    body(1, s1);
+    body(2, s2);
+    body(3, s3);
+    body(4, s4);
+    body(5, s5);
+    body(6, s6);
+    body(7, s7);
   }
 };
 
@@ -205,7 +211,8 @@ struct Int8 {
 
 /// Nibble k of word L: value 16 k + L of 128, stored as q + 8. A part takes all nibbles of as many words as a
 /// vector has. Two neighbours have one multiplier, so a whole byte is summed beside one of its nibbles and
-/// the other one is what remains: 20 vector operations for 256 weights instead of 24.
+/// the other one is what remains: 20 vector operations for 256 weights instead of 24. Sums stay below
+/// 255 · 32767 · kChainBlock, less than 2^30.
 struct Int4 {
   static constexpr DType kType = DType::int4;
   static constexpr int64_t kGroups = 4, kBytes = kQuantBlock / 2;
