@@ -21,10 +21,9 @@ namespace {
 struct Flags {
   std::string model, output, method = "larosa", preset, calib, form = "folded", pool = "on", bases,
                              rotate = "on", rotate_h2 = "on", score = "norm", select = "normalised",
-                             site_scale = "1,1,1,1", allocation = "uniform", currency = "none",
-                             calib_stream = "thinned", weights = "source", adapter_weights, head_weights,
-                             embed_weights, rounding;
-  double sparsity = 0.5, mix = Choice{}.mix;
+                             site_scale = "1,1,1,1", allocation, currency = "none", calib_stream = "thinned",
+                             weights = "source", adapter_weights, head_weights, embed_weights, rounding;
+  double sparsity = 0.5, mix = Choice{}.mix, shrink = Choice{}.shrink;
   int64_t calib_tokens = 0, basis_layers = 1;
   bool check_tensors = false, count_adapters = false;
   MachineOptions machine;
@@ -52,6 +51,19 @@ void apply_preset(Flags& f, const CLI::App& app) {
   preset("--score", f.score, "magnitude");
   preset("--site-scale", f.site_scale, "0.8,1.2,0.8,1.2");
   preset("--select", f.select, f.form == "simulate" ? "gained" : "normalised");
+}
+
+constexpr std::array<const char*, 3> kAllocations = {"uniform", "greedy", "lagrangian"};  // by Allocation
+const char* allocation_name(Allocation allocation) {
+  return kAllocations[static_cast<size_t>(allocation)];
+}
+
+/// What was asked for, else the method's own; site scales say by themselves how the budget is shared out.
+Allocation allocation(const Flags& f, const CLI::App& app) {
+  const auto* named = std::find(kAllocations.begin(), kAllocations.end(), f.allocation);
+  if (named != kAllocations.end()) return static_cast<Allocation>(named - kAllocations.begin());
+  const bool scaled = !f.preset.empty() || app.get_option("--site-scale")->count() > 0;
+  return scaled ? Allocation::uniform : find_method(f.method).allocation;
 }
 
 /// --pool on|off is the older spelling of two of them.
@@ -123,8 +135,10 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
     fail("--pool: --bases says the same and more, give one of them");
   if (wants.magnitudes && choice.allocation == Allocation::lagrangian)
     fail("--allocation lagrangian: method ", f.method, " needs a layer's cuts before the next layer is seen");
-  if (choice.allocation != Allocation::lagrangian && app.get_option("--currency")->count() > 0)
-    fail("--currency: --allocation ", f.allocation, " does not use it");
+  for (const char* option : {"--currency", "--shrink"}) {
+    if (choice.allocation != Allocation::lagrangian && app.get_option(option)->count() > 0)
+      fail(option, ": --allocation ", allocation_name(choice.allocation), " does not use it");
+  }
   if (wants.magnitudes) refuse("--score");
   if (!wants.mix) refuse("--mix");
   if (!wants.magnitudes) refuse("--calib-stream");
@@ -167,9 +181,8 @@ SparsifyOptions read_options(Flags& f, const CLI::App& app) {
   choice.basis_layers = f.basis_layers;
   choice.rotate = f.rotate == "on";
   choice.rotate_h2 = f.rotate_h2 == "on";
-  choice.allocation = f.allocation == "greedy"       ? Allocation::greedy
-                      : f.allocation == "lagrangian" ? Allocation::lagrangian
-                                                     : Allocation::uniform;
+  choice.allocation = allocation(f, app);
+  choice.shrink = f.shrink;
   choice.currency = f.currency == "absolute"   ? Currency::absolute
                     : f.currency == "relative" ? Currency::relative
                     : f.currency == "update"   ? Currency::update
@@ -220,8 +233,11 @@ void declare_budget(CLI::App& app, const std::shared_ptr<Flags>& f) {
   app.add_option(
          "--allocation", f->allocation,
          "uniform: the same in every layer, by --site-scale; greedy: within each layer, by what it costs the "
-         "layer's output; lagrangian: by curves of what each group alone costs its layer's output")
-      ->check(CLI::IsMember({"uniform", "greedy", "lagrangian"}))
+         "layer's output; lagrangian: by curves of what each group alone costs its layer's output (default: "
+         "lagrangian for larosa, uniform for other methods, with --preset and with --site-scale)")
+      ->check(CLI::IsMember({"uniform", "greedy", "lagrangian"}));
+  app.add_option("--shrink", f->shrink,
+                 "lagrangian only: how far its levels go back to the uniform ones, 0 to 1")
       ->capture_default_str();
   app.add_option("--currency", f->currency,
                  "lagrangian only: errors relative to what a layer adds to the stream (update), to the "

@@ -98,11 +98,17 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
     plan.notes["score"] = choice.score == Score::norm ? "norm" : "magnitude";
   if (std::ranges::any_of(plan.layers[0].groups, [](const Group& group) { return group.rank > 0; }))
     plan.notes["mix"] = std::to_string(choice.mix);
+  if (!(choice.shrink >= 0 && choice.shrink <= 1))
+    fail("--shrink ", choice.shrink, ": expected a number from 0 to 1");
   if (choice.allocation != Allocation::uniform) {
     plan.notes["allocation"] = choice.allocation == Allocation::greedy ? "greedy" : "lagrangian";
     constexpr const char* kCurrencies[] = {"relative", "update", "absolute", "none"};
-    if (choice.allocation == Allocation::lagrangian)
+    if (choice.allocation == Allocation::lagrangian) {
+      std::ostringstream shrink;
+      shrink << choice.shrink;
       plan.notes["currency"] = kCurrencies[static_cast<int>(choice.currency)];
+      plan.notes["shrink"] = shrink.str();
+    }
     return plan;
   }
   std::ostringstream scales;

@@ -50,6 +50,10 @@ struct Choice {
   bool rotate_h2 = true;     // attention output in a basis per KV head
   Allocation allocation = Allocation::uniform;
   Currency currency = Currency::none;
+  // lagrangian: how far its levels go back to the uniform ones, 0 to 1. Half way gives most of what the
+  // curves gain and loses 0.5 % where uniform levels are better (mix-88m, WikiText-2, 25 %; without: 1.0 %
+  // there, and 1.0 % at 50 %; docs/results.md).
+  double shrink = 0.5;
   Stream stream = Stream::thinned;
   // rsparse: share of a projection's bytes that channels get, the rest is low-rank. Near the mean of the
   // published recipe (0.96); on demo-7m at 50 % perplexity only grows with the rank: 35.7 at 1, 38.2, 41.8 at
@@ -134,6 +138,7 @@ struct Method {
   Wants (*wants)(const Choice& choice);
   Bases (*bases)(const BasisTask& task);
   LayerPlan (*plan)(const LayerTask& task);
+  Allocation allocation = Allocation::uniform;  // where none is asked for
 };
 
 std::span<const Method> methods();

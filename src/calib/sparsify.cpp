@@ -1,6 +1,7 @@
 #include "calib/sparsify.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
@@ -77,6 +78,7 @@ nlohmann::json options_json(const SparsifyOptions& options) {
           {"allocation", static_cast<int>(choice.allocation)},
           {"stream", static_cast<int>(choice.stream)},
           {"currency", static_cast<int>(choice.currency)},
+          {"shrink", choice.shrink},
           {"weights", type_name(options.types.weights)},
           {"adapters", type_name(options.types.adapters)},
           {"head", type_name(options.types.head)},
@@ -498,7 +500,10 @@ class Job {
     for (int64_t l = 0; l < config_.layers; ++l) {
       LayerTask task = task_of(l);
       LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
-      for (const Group& group : plan.groups) set_level(task.levels, group, *level++);
+      for (const Group& group : plan.groups) {
+        const double uniform = task.levels[static_cast<size_t>(group.projections[0])];
+        set_level(task.levels, group, std::lerp(*level++, uniform, choice_.shrink));
+      }
       plan = plan_layer(method_, task);
     }
   }

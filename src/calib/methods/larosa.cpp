@@ -36,6 +36,7 @@ LayerPlan plan(const LayerTask& task) {
 }  // namespace
 
 extern const Method kLarosa;
-const Method kLarosa = {"larosa", "layerwise rotation and per-token Top-K", wants, bases, plan};
+const Method kLarosa = {
+    "larosa", "layerwise rotation and per-token Top-K", wants, bases, plan, Allocation::lagrangian};
 
 }  // namespace larosa
