@@ -526,6 +526,11 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   expect_refused(sparsify("topk", {"--rotate", "off"}), {"--rotate", "topk"});
   expect_refused(sparsify("topk", {"--budget-includes-adapter"}), {"--budget-includes-adapter", "topk"});
   expect_refused(sparsify("topk", {"--currency", "absolute"}), {"--currency", "uniform"});
+  expect_refused(sparsify("topk", {"--shrink", "0.5"}), {"--shrink", "uniform"});
+  expect_refused(sparsify("larosa", {"--shrink", "2", "--calib", text()}), {"--shrink", "2"});
+  for (const char* uniform : {"--preset=paper", "--site-scale=1,1,1,1", "--allocation=uniform"})
+    expect_refused(sparsify("larosa", {uniform, "--shrink", "0", "--calib", text()}),
+                   {"--shrink", "uniform"});
   expect_refused(sparsify("teal", {"--allocation", "lagrangian", "--calib", text()}), {"lagrangian", "teal"});
   expect_refused(sparsify("wina", {"--bases", "separate"}), {"--bases", "wina"});
   expect_refused(sparsify("wina", {"--score", "norm"}), {"--score", "wina"});

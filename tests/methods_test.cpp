@@ -335,6 +335,57 @@ TEST_F(Methods, WithoutACurrencyEveryLayerMeetsTheBudget) {
     EXPECT_NEAR(weight_sparsity(layer, plan_shape(model.config)), 0.5, 0.01);
 }
 
+TEST_F(Methods, LevelsShrinkToTheUniformOnes) {
+  const auto keeps = [&](Allocation allocation, double shrink) {
+    TemporaryDir dir;
+    SparsifyOptions options = with_sparsity(0.5);
+    options.choice.allocation = allocation;
+    options.choice.shrink = shrink;
+    make(source_path("tests/golden/models/llama3.1-f32"), dir / "out", options);
+    std::vector<int64_t> found;
+    for (const LayerPlan& layer : load_model(dir / "out").plan.layers)
+      for (const Group& group : layer.groups) found.push_back(group.rule.keep);
+    return found;
+  };
+  const auto none = keeps(Allocation::lagrangian, 0), half = keeps(Allocation::lagrangian, 0.5);
+  const auto uniform = keeps(Allocation::uniform, 0);
+  EXPECT_EQ(keeps(Allocation::lagrangian, 1), uniform);
+  EXPECT_NE(none, uniform);
+  for (size_t i = 0; i < half.size(); ++i)
+    EXPECT_NEAR(static_cast<double>(half[i]), 0.5 * static_cast<double>(none[i] + uniform[i]), 1.01) << i;
+  SparsifyOptions options = with_sparsity(0.5);
+  options.choice.shrink = 1.5;
+  EXPECT_NE(message_of([&] { make(demo_model(), "unused", options); }).find("--shrink"), std::string::npos);
+}
+
+/// What one sparsity leaves, another takes: the same bytes as without, and nothing of another job.
+TEST_F(Methods, BasesAndCurvesServeEverySparsity) {
+  TemporaryDir dir;
+  const std::string source = source_path("tests/golden/models/llama3.1-f32");
+  SparsifyOptions options = with_sparsity(0.5);
+  options.choice.allocation = Allocation::lagrangian;
+  make(source, dir / "alone", options);
+  options.kept = dir / "kept";
+  options.choice.sparsity = 0.3;
+  make(source, dir / "first", options);
+  options.choice.sparsity = 0.5;
+  make(source, dir / "out", options);
+  expect_same_files(dir / "alone", dir / "out");
+  options.choice.rotate_h2 = false;
+  EXPECT_NE(message_of([&] { make(source, dir / "other", options); }).find("begun with other options"),
+            std::string::npos);
+  options.choice.rotate_h2 = true;
+  for (const char* name : {"curves-1.json", "basis-1.safetensors"}) {
+    const std::string file = dir / (std::string("kept/") + name);
+    const std::string bytes = file_bytes(file);
+    std::ofstream(file) << "[[1]]";
+    EXPECT_NE(message_of([&] { make(source, dir / "other", options); }).find(name), std::string::npos);
+    std::ofstream(file, std::ios::binary) << bytes;
+  }
+  make(source, dir / "other", options);
+  expect_same_files(dir / "alone", dir / "other");
+}
+
 /// A trial tells a layer's plans apart as the layer itself does.
 TEST_F(Methods, TrialsMeasureTheLayersOutput) {
   TemporaryDir dir;

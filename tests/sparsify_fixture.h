@@ -1,6 +1,7 @@
 // What the tests of sparsify share: a small job, and the tolerance of storage.
 #pragma once
 
+#include <filesystem>
 #include <memory>
 #include <string>
 
@@ -42,6 +43,13 @@ inline double storage_tolerance(const Model& model) {
       return 5e-3;
     default:
       return 4e-2;
+  }
+}
+
+inline void expect_same_files(const std::filesystem::path& one, const std::filesystem::path& other) {
+  for (const auto& entry : std::filesystem::directory_iterator(one)) {
+    const auto name = entry.path().filename();
+    EXPECT_TRUE(file_bytes(entry.path().string()) == file_bytes((other / name).string())) << name;
   }
 }
 

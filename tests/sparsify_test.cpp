@@ -368,13 +368,6 @@ int exit_code(pid_t child) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-void expect_same_files(const std::filesystem::path& one, const std::filesystem::path& other) {
-  for (const auto& entry : std::filesystem::directory_iterator(one)) {
-    const auto name = entry.path().filename();
-    EXPECT_TRUE(file_bytes(entry.path().string()) == file_bytes((other / name).string())) << name;
-  }
-}
-
 TEST_F(Sparsify, FullDiskLeavesNothingAndResumes) {
   TemporaryDir dir;
   make(demo_model(), dir / "whole", with_sparsity(0.5));

@@ -136,7 +136,7 @@ class LayerFolder {
   /// The product that its dropped entries go through.
   void add_low_rank(Projection p, const Matrix& m, DType dtype) {
     if (rank_ == 0) return;
-    const auto [in, out] = low_rank(m, rank_, pool_);
+    const auto [in, out] = job_.low_rank(p, m, rank_);
     const std::string name = projection_name(p);
     matrix(name + ".low_in", in, dtype);
     matrix(name + ".low_out", out, dtype);

@@ -6,6 +6,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "calib/methods.h"
@@ -32,6 +33,8 @@ struct FoldJob {
   Form form;
   bool after_gain;  // simulate: thin after the gain, so the gain stays where it is
   StoredTypes types = {};
+  /// The product of low rank nearest to a projection's folded weights (in, out).
+  std::function<std::pair<Matrix, Matrix>(Projection, const Matrix&, int64_t rank)> low_rank;
 };
 
 /// A finished tensor, in the words of docs/formats.md.

@@ -12,6 +12,7 @@
 #include "base/error.h"
 #include "base/progress.h"
 #include "base/thread_pool.h"
+#include "calib/findings.h"
 #include "calib/fold.h"
 #include "calib/gptq.h"
 #include "calib/planner.h"
@@ -35,25 +36,6 @@ constexpr const char* kCopied[] = {"tokenizer.json",    "tokenizer.model",      
 
 void write_whole(SafetensorsWriter& writer, const FoldedTensor& t) {
   writer.write(t.name, 0, t.bytes.data(), static_cast<int64_t>(t.bytes.size()));
-}
-
-/// A safetensors file written to a temporary name and renamed when complete.
-void write_tensors(const fs::path& path, const std::vector<FoldedTensor>& tensors,
-                   const std::map<std::string, std::string>& metadata) {
-  std::vector<SafetensorsWriter::Entry> entries;
-  for (const FoldedTensor& t : tensors) entries.push_back({t.name, t.dtype, t.shape});
-  const std::string temporary = path.string() + ".tmp";
-  SafetensorsWriter writer(temporary, entries, metadata);
-  for (const FoldedTensor& t : tensors) write_whole(writer, t);
-  writer.finish();
-  fs::rename(temporary, path);
-}
-
-FoldedTensor wide_tensor(const std::string& name, const Matrix& m) {
-  FoldedTensor tensor{name, DType::f64, {m.rows, m.cols}, {}};
-  const auto* bytes = reinterpret_cast<const std::byte*>(m.data.data());
-  tensor.bytes.assign(bytes, bytes + m.data.size() * sizeof(double));
-  return tensor;
 }
 
 /// For people: "int8", or "source" where the source's types are kept.
@@ -103,7 +85,8 @@ class Job {
         by_text_(plans_by_text(method_, choice_)),
         gptq_(options.gptq && options.types.weights && quantised(*options.types.weights)),
         output_(vacant_path(options.output)),
-        partial_(output_ + ".partial") {}
+        partial_(output_ + ".partial"),
+        findings_(partial_, options.kept.empty() ? partial_ : options.kept) {}
 
   void run() {
     try {
@@ -147,10 +130,9 @@ class Job {
   bool abandon() const {
     if (!owned_) return false;
     std::error_code ignored;
-    for (const auto& entry : fs::directory_iterator(partial_, ignored)) {
-      const fs::path& file = entry.path();
-      if (file.extension() == ".safetensors" || file.filename().string().starts_with("plan-")) return true;
-    }
+    if (findings_.any()) return true;
+    for (const auto& entry : fs::directory_iterator(partial_, ignored))
+      if (entry.path().extension() == ".safetensors") return true;
     fs::remove_all(partial_, ignored);
     return false;
   }
@@ -177,7 +159,8 @@ class Job {
     load_outer(checkpoint_, config_);
     for (int64_t l = 0; l < config_.layers; ++l) load_layer(checkpoint_, config_, l);
     outline_plan();
-    const std::string job = job_text();
+    prepare_kept();
+    const std::string job = job_text(true);
     const std::string file = (fs::path(partial_) / kJobFile).string();
     fs::create_directory(partial_);
     lock_.emplace(partial_);
@@ -191,6 +174,17 @@ class Job {
     }
     owned_ = true;
     write_file(file, job);
+  }
+
+  /// Opens or begins the directory of what the next sparsity can use.
+  void prepare_kept() const {
+    if (options_.kept.empty()) return;
+    const std::string file = (fs::path(options_.kept) / kJobFile).string();
+    const std::string job = job_text(false);
+    fs::create_directory(options_.kept);
+    if (!fs::exists(file)) return write_file(file, job);
+    if (read_file(file) != job)
+      fail(options_.kept, ": was begun with other options, text or model; remove it to start again");
   }
 
   /// The plan before anything was measured: layers at uniform levels, everything else as it will be.
@@ -264,12 +258,17 @@ class Job {
   }
 
   /// Everything that decides a byte of the output: what was asked for, not what calibration makes of it.
-  std::string job_text() const {
+  /// Without the budget: everything that decides the bases and curves.
+  std::string job_text(bool budget) const {
     const std::string_view text(reinterpret_cast<const char*>(tokens_.data()), tokens_.size_bytes());
     // The fingerprint names the tensors; a base frequency or a norm's epsilon stands in the config alone.
     const std::string config = read_file((fs::path(options_.source) / "config.json").string());
-    return nlohmann::json({{"options", options_json(options_)},
-                           {"notes", plan_.notes},
+    nlohmann::json options = options_json(options_), notes = plan_.notes;
+    for (const char* field : {"sparsity", "count_adapters"})
+      if (!budget) options.erase(field);
+    if (!budget) notes.erase("budget");
+    return nlohmann::json({{"options", options},
+                           {"notes", notes},
                            {"fingerprint", plan_.fingerprint},
                            {"text", fingerprint_of(text)},
                            {"window", window_},
@@ -278,9 +277,6 @@ class Job {
         .dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
   }
 
-  fs::path basis_file(int64_t l) const {
-    return fs::path(partial_) / ("basis-" + std::to_string(l) + ".safetensors");
-  }
   std::string shard_name(int64_t index) const {
     char name[64];
     std::snprintf(name, sizeof(name), "model-%05d-of-%05d.safetensors", static_cast<int>(index + 1),
@@ -292,7 +288,7 @@ class Job {
   void calibrate() {
     const Choice& choice = choice_;
     int64_t finished = 0;
-    while (finished < config_.layers && fs::exists(basis_file(finished))) ++finished;
+    while (finished < config_.layers && findings_.has_bases(finished)) ++finished;
     if (finished == config_.layers) return tick(config_.layers * windows(), "calibration found");
     while (finished > 0 && !ends_basis(config_, choice, finished - 1)) --finished;
     Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, pool_, tokens_, window_);
@@ -334,7 +330,7 @@ class Job {
       }
       bases.stream = shared.stream;
       bases.mlp = shared.mlp;
-      write_bases(l, bases);
+      findings_.write_bases(l, bases);
     }
   }
 
@@ -342,43 +338,11 @@ class Job {
   void weigh() {
     for (int64_t l = 0; l < config_.layers; ++l) {
       const LayerWeights weights = load_layer(checkpoint_, config_, l);
-      if (!fs::exists(basis_file(l)))
-        write_bases(l, method_.bases({config_, choice_, weights, Moments{}, pool_}));
+      if (!findings_.has_bases(l))
+        findings_.write_bases(l, method_.bases({config_, choice_, weights, Moments{}, pool_}));
       tick(kFoldUnits, layer_note("basis of", l));
     }
   }
-
-  void write_bases(int64_t l, const Bases& bases) {
-    std::vector<FoldedTensor> tensors;
-    if (!bases.stream.empty()) tensors.push_back(wide_tensor("stream", bases.stream));
-    if (!bases.mlp.empty()) tensors.push_back(wide_tensor("mlp", bases.mlp));
-    for (size_t g = 0; g < bases.heads.size(); ++g)
-      tensors.push_back(wide_tensor("head." + std::to_string(g), bases.heads[g]));
-    write_tensors(basis_file(l), tensors, {});
-  }
-
-  Bases read_bases(int64_t l) const {
-    Bases bases;
-    if (!wants_.bases()) return bases;
-    const Checkpoint file = Checkpoint::open_file(basis_file(l).string());
-    const auto read = [&](const std::string& name, int64_t n) {
-      const int64_t shape[2] = {n, n};
-      const Tensor tensor = file.get(name, shape);
-      if (tensor.dtype != DType::f64) fail(basis_file(l).string(), ": tensor ", name, ": expected F64");
-      Matrix m(n, n);
-      std::copy_n(tensor.data, tensor.bytes, reinterpret_cast<std::byte*>(m.data.data()));
-      return m;
-    };
-    if (wants_.stream) bases.stream = read("stream", config_.dim);
-    if (wants_.mlp) bases.mlp = read("mlp", config_.dim);
-    for (int64_t g = 0; wants_.heads && g < config_.kv_heads; ++g)
-      bases.heads.push_back(read("head." + std::to_string(g), config_.head_dim));
-    return bases;
-  }
-
-  /// What was found for a layer: its plan, or the curves from which all layers' plans are made.
-  fs::path plan_file(int64_t l) const { return fs::path(partial_) / ("plan-" + std::to_string(l) + ".json"); }
-  void write_found(int64_t l, const std::string& text) const { write_file(plan_file(l).string(), text); }
 
   /// The windows that plans are found on, and their length: whole ones for cuts, else what a trial looks at.
   std::vector<int32_t> planning_tokens(int64_t& window) const {
@@ -396,17 +360,20 @@ class Job {
   /// Layers one after another, each folded in float32: its plan or curves, and the text on to the next one.
   void plan_layers() {
     int64_t finished = 0;
-    while (finished < config_.layers && fs::exists(plan_file(finished))) ++finished;
+    while (finished < config_.layers &&
+           (lagrangian() ? findings_.has_curves(finished) : findings_.has_plan(finished)))
+      ++finished;
     int64_t window = 0;
     const std::vector<int32_t> tokens = planning_tokens(window);
     Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, pool_, tokens, window);
-    const Bases first = choice_.form == Form::folded ? read_bases(0) : Bases{};
+    const Bases first = choice_.form == Form::folded ? findings_.read_bases(0, config_, wants_) : Bases{};
     if (!first.stream.empty()) calibration.turn(first.stream);
     std::vector<Curve> curves;
     for (int64_t l = 0; l < config_.layers; ++l) {
       if (finished < config_.layers) plan_next_layer(calibration, l, l < finished);
       if (lagrangian()) {
-        const std::vector<Curve> found = curves_from(l);
+        const std::vector<Curve> found =
+            findings_.read_curves(l, config_, plan_.layers[static_cast<size_t>(l)]);
         curves.insert(curves.end(), found.begin(), found.end());
       } else {
         plan_.layers[static_cast<size_t>(l)] = plan_from(l);
@@ -432,14 +399,9 @@ class Job {
     const Checkpoint file = Checkpoint::open_file(folded.string());
     Layer layer = load_stored_layer(file, config_, plan_.layers[static_cast<size_t>(l)], l);
     if (!found && lagrangian()) {
-      nlohmann::json curves = nlohmann::json::array();
-      for (const Curve& curve : find_curves(method_, task_of(l), layer, calibration))
-        curves.push_back(curve.errors);
-      write_found(l, curves.dump());
+      findings_.write_curves(l, find_curves(method_, task_of(l), layer, calibration));
     } else if (!found) {
-      Plan one;
-      one.layers = {find_plan(method_, task_of(l), layer, calibration)};
-      write_found(l, plan_to_json(one));
+      findings_.write_plan(l, find_plan(method_, task_of(l), layer, calibration));
     }
     if (!lagrangian()) layer.plan = plan_from(l);
     const bool thinned = wants_.magnitudes && choice_.stream == Stream::thinned;
@@ -448,39 +410,11 @@ class Job {
   }
 
   LayerPlan plan_from(int64_t l) const {
-    const std::string file = plan_file(l).string();
-    const Plan one = plan_from_json(read_file(file), file);
-    if (one.layers.size() != 1) fail(file, ": ", one.layers.size(), " layers, expected 1");
-    const LayerPlan& outline = plan_.layers[static_cast<size_t>(l)];
-    LayerPlan numbers = outline;  // the text decides how much is kept, and nothing else
-    for (size_t g = 0; g < std::min(outline.groups.size(), one.layers[0].groups.size()); ++g) {
-      numbers.groups[g].rule.keep = one.layers[0].groups[g].rule.keep;
-      numbers.groups[g].rule.cut = one.layers[0].groups[g].rule.cut;
-    }
-    numbers.neurons.keep = one.layers[0].neurons.keep;
-    numbers.neurons.cut = one.layers[0].neurons.cut;
-    if (one.layers[0] != numbers) fail(file, ": is no plan of layer ", l, " for this method");
+    const auto at = static_cast<size_t>(l);
     Plan whole = plan_;
-    whole.layers[static_cast<size_t>(l)] = numbers;
-    validate(whole, plan_shape(config_), file);
-    return numbers;
-  }
-
-  std::vector<Curve> curves_from(int64_t l) const {
-    const std::string file = plan_file(l).string();
-    const nlohmann::json found = parse_json(read_file(file), file);
-    const auto& groups = plan_.layers[static_cast<size_t>(l)].groups;
-    std::vector<Curve> curves;
-    for (size_t g = 0; g < groups.size(); ++g) {
-      Curve curve{group_weights(config_, groups[g]), {}};
-      const bool fits = found.is_array() && found.size() == groups.size() && found[g].is_array() &&
-                        found[g].size() == kCurveLevels.size();
-      for (size_t i = 0; fits && i < found[g].size(); ++i)
-        if (found[g][i].is_number()) curve.errors.push_back(found[g][i].get<double>());
-      if (curve.errors.size() != kCurveLevels.size()) fail(file, ": does not hold a layer's curves");
-      curves.push_back(std::move(curve));
-    }
-    return curves;
+    whole.layers[at] = findings_.read_plan(l, plan_.layers[at]);
+    validate(whole, plan_shape(config_), partial_);
+    return whole.layers[at];
   }
 
   /// The layers' plans from the curves of all of them.
@@ -520,12 +454,15 @@ class Job {
   void fold_to(const fs::path& path, int64_t l, const StoredTypes& types) {
     const LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
     const LayerWeights weights = load_layer(checkpoint_, config_, l);
-    const Bases bases = read_bases(l);
+    const Bases bases = findings_.read_bases(l, config_, wants_);
     Bases next;
-    if (plan.adapter) next = read_bases(l + 1);
+    if (plan.adapter) next = findings_.read_bases(l + 1, config_, wants_);
+    const auto low_rank = [&](Projection p, const Matrix& m, int64_t rank) {
+      return findings_.low_rank_of(l, p, m, rank, pool_);
+    };
     const FoldJob job{
         config_, weights, bases, plan.adapter ? &next : nullptr, plan, choice_.form, choice_.after_gain,
-        types};
+        types,   low_rank};
     std::vector<FoldedTensor> tensors;
     fold_layer(job, l, pool_, [&](FoldedTensor&& tensor) {
       throw_if_interrupted();
@@ -616,8 +553,8 @@ class Job {
     const OuterWeights outer = load_outer(checkpoint_, config_);
     Bases first, last;
     if (choice_.form == Form::folded) {
-      first = read_bases(0);
-      last = read_bases(config_.layers - 1);
+      first = findings_.read_bases(0, config_, wants_);
+      last = findings_.read_bases(config_.layers - 1, config_, wants_);
     }
     const bool rewrites = rewrites_stream(choice_.form, first);
     const DType embed = options_.types.embed.value_or(outer.embed.dtype);
@@ -694,10 +631,7 @@ class Job {
       if (fs::exists(from))
         fs::copy_file(from, fs::path(partial_) / name, fs::copy_options::overwrite_existing);
     }
-    for (int64_t l = 0; l < config_.layers; ++l) {
-      fs::remove(basis_file(l));
-      fs::remove(plan_file(l));
-    }
+    findings_.remove();
     fs::remove(fs::path(partial_) / kJobFile);
     fs::remove(fs::path(partial_) / kFoldedFile);
     vacant_path(output_);
@@ -717,6 +651,7 @@ class Job {
   bool by_text_;  // layers' plans wait for the text
   bool gptq_;
   std::string output_, partial_;
+  Findings findings_;
   std::optional<DirectoryLock> lock_;  // of the partial directory
   bool owned_ = false;                 // it is locked and holds this job
   Plan plan_;

@@ -21,7 +21,10 @@ struct SparsifyOptions {
   StoredTypes types;
   bool gptq = false;             // quantised projections are rounded by GPTQ (needs tokens), else to nearest
   std::string calibration_name;  // for the plan's notes
-  bool check_tensors = false;    // refuse NaN and infinities
+  // Directory for bases and error curves, which no sparsity changes: made where absent, read where a run with
+  // equal options but the budget has left them, never removed. Empty: they go with the run.
+  std::string kept;
+  bool check_tensors = false;  // refuse NaN and infinities
   bool progress = true;
 };
 

@@ -111,6 +111,7 @@ class Sweep {
       run_cell(*cell);
       write_report(output_.string());
     }
+    for (const SweepMethod& method : options_.methods) fs::remove_all(kept_dir(method));
     progress_->update(grid_rows(), "done");
     progress_->finish();
     write_report(output_.string());
@@ -305,6 +306,11 @@ class Sweep {
     return row;
   }
 
+  /// Where a method's bases and error curves stand until the sweep is done, since no sparsity changes them.
+  fs::path kept_dir(const SweepMethod& method) const {
+    return output_ / ("kept-" + fingerprint_of(method.name));
+  }
+
   void refuse(const Cell& cell, const std::string& reason) {
     for (const Measure& m : cell.measures) {
       ResultRow row = blank(cell, m);
@@ -322,6 +328,7 @@ class Sweep {
       SparsifyOptions o = cell.method->options;
       o.source = options_.model;
       o.output = dir.string();
+      o.kept = kept_dir(*cell.method).string();
       o.choice.sparsity = cell.sparsity;
       o.calibration_name = options_.calibration_name;
       o.progress = false;
