@@ -50,9 +50,9 @@ struct Choice {
   bool rotate_h2 = true;     // attention output in a basis per KV head
   Allocation allocation = Allocation::uniform;
   Currency currency = Currency::none;
-  // lagrangian: how far its levels go back to the uniform ones, 0 to 1. Half way gives most of what the
-  // curves gain and loses 0.5 % where uniform levels are better (mix-88m, WikiText-2, 25 %; without: 1.0 %
-  // there, and 1.0 % at 50 %; docs/results.md).
+  // lagrangian: how far its levels go back to the uniform ones, 0 to 1. Half way is nowhere worse than
+  // uniform beyond chance; 0 is better from 50 % on (demo-7m: 2 % at 50, 6 % at 60 %) but behind uniform
+  // levels at 25 % (mix-88m: 0.1 to 1 %; docs/results.md, Allocation).
   double shrink = 0.5;
   Stream stream = Stream::thinned;
   // rsparse: share of a projection's bytes that channels get, the rest is low-rank. Near the mean of the
