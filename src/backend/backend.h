@@ -81,7 +81,8 @@ class Backend {
   /// Waits for everything issued before.
   virtual void synchronize() {}
   /// GB/s that memory gives for `bytes` well beyond the caches: what decoding is measured against. Host
-  /// memory is read, memory of a backend's own is copied (bytes read and written). Takes up to twice `bytes`.
+  /// memory is read, memory of a backend's own is copied (bytes read and written), 1 GiB or more. Takes twice
+  /// what it copies.
   virtual double measure_bandwidth(int64_t bytes) = 0;
   /// A selection for up to max_rows rows of max_cols entries.
   virtual std::unique_ptr<Selection> make_selection(int64_t max_rows, int64_t max_cols) = 0;
