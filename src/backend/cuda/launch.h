@@ -1,6 +1,7 @@
 // One way to launch a kernel, for .cu files.
 #pragma once
 
+#include <mutex>
 #include <set>
 #include <utility>
 
@@ -13,8 +14,10 @@ void launch_kernel(const Stream& s, void (*kernel)(Params...), dim3 blocks, dim3
                    const Params&... params) {
   constexpr int64_t kUsual = 36 << 10;  // a block has 48 KB unless it asks for more
   if (shared > kUsual) {
+    static std::mutex mutex;                             // engines of several threads launch the same kernels
     static std::set<std::pair<int, const void*>> asked;  // kernels of these parameters
     const void* const function = reinterpret_cast<const void*>(kernel);
+    const std::lock_guard lock(mutex);
     if (asked.emplace(s.device, function).second) {
       check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes),
             "shared memory");
