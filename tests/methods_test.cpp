@@ -384,6 +384,23 @@ TEST_F(Methods, BasesAndCurvesServeEverySparsity) {
   }
   make(source, dir / "other", options);
   expect_same_files(dir / "alone", dir / "other");
+  std::filesystem::create_directory(dir / "strange");
+  std::filesystem::copy_file(dir / "kept/basis-0.safetensors", dir / "strange/basis-0.safetensors");
+  options.kept = dir / "strange";
+  EXPECT_NE(message_of([&] { make(source, dir / "last", options); }).find("begun with other options"),
+            std::string::npos);
+}
+
+/// Where no rank is left the plan says nothing of the mix.
+TEST_F(Methods, ProductsOfLowRankServeEverySparsity) {
+  TemporaryDir dir;
+  SparsifyOptions options = with_sparsity(0.5);
+  options.method = "rsparse";
+  options.kept = dir / "kept";
+  make(demo_model(), dir / "first", options);
+  options.choice.sparsity = 0.95;
+  make(demo_model(), dir / "second", options);  // would throw if the job of `kept` hung on the budget
+  EXPECT_TRUE(std::filesystem::exists(dir / "second"));
 }
 
 /// A trial tells a layer's plans apart as the layer itself does.

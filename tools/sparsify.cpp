@@ -148,8 +148,10 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
       std::fprintf(stderr, "sparsify: method %s needs no calibration, --calib is not read\n",
                    f.method.c_str());
   }
-  if (choice.allocation != Allocation::uniform && app.get_option("--site-scale")->count() > 0)
-    fail("--site-scale: --allocation ", f.allocation, " shares the budget out by itself");
+  const bool scaled = app.get_option("--site-scale")->count() > 0;
+  if (choice.allocation != Allocation::uniform && (scaled || !f.preset.empty()))
+    fail(scaled ? "--site-scale" : "--preset", ": --allocation ", f.allocation,
+         " shares the budget out by itself");
   if (!quantises(options.types) && app.get_option("--rounding")->count() > 0)
     fail("--rounding: --weights ", f.weights, " are not quantised");
   const auto adapts = [](const LayerPlan& layer) { return layer.adapter || layer.middle; };

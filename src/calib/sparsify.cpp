@@ -182,8 +182,8 @@ class Job {
     const std::string file = (fs::path(options_.kept) / kJobFile).string();
     const std::string job = job_text(false);
     fs::create_directory(options_.kept);
-    if (!fs::exists(file)) return write_file(file, job);
-    if (read_file(file) != job)
+    if (!fs::exists(file) && fs::is_empty(options_.kept)) return write_file(file, job);
+    if (!fs::exists(file) || read_file(file) != job)
       fail(options_.kept, ": was begun with other options, text or model; remove it to start again");
   }
 
@@ -264,9 +264,10 @@ class Job {
     // The fingerprint names the tensors; a base frequency or a norm's epsilon stands in the config alone.
     const std::string config = read_file((fs::path(options_.source) / "config.json").string());
     nlohmann::json options = options_json(options_), notes = plan_.notes;
-    for (const char* field : {"sparsity", "count_adapters"})
-      if (!budget) options.erase(field);
-    if (!budget) notes.erase("budget");
+    if (!budget) {
+      for (const char* field : {"sparsity", "count_adapters"}) options.erase(field);
+      notes.clear();  // a note can hang on the budget: rsparse's mix is named where ranks are left
+    }
     return nlohmann::json({{"options", options},
                            {"notes", notes},
                            {"fingerprint", plan_.fingerprint},
