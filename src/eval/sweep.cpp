@@ -128,14 +128,19 @@ class Sweep {
   /// What must not change between the runs of one sweep.
   Json job() const {
     const SweepOptions& o = options_;
-    Json methods = Json::array(), texts = Json::array();
-    for (const SweepMethod& m : o.methods) methods.push_back(m.name);
+    Json methods = Json::array(), allocations = Json::array(), texts = Json::array();
+    for (const SweepMethod& m : o.methods) {
+      methods.push_back(m.name);
+      // What a name leaves to its default, which has changed before.
+      allocations.push_back(static_cast<int>(m.options.choice.allocation));
+    }
     for (const SweepText& t : o.texts)
       texts.push_back({{"name", t.name}, {"tokens", t.tokens.size()}, {"hash", hash_tokens(t.tokens)}});
     const std::string config = read_file((fs::path(o.model) / "config.json").string());
     return {{"model", dense_.checkpoint->fingerprint()},
             {"config", fingerprint_of(config)},
             {"methods", methods},
+            {"allocations", allocations},
             {"sparsity", sparsities_},
             {"texts", texts},
             {"dense_prompt", o.dense_prompts},
