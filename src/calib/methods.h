@@ -50,8 +50,8 @@ struct Choice {
   bool rotate_h2 = true;     // attention output in a basis per KV head
   Allocation allocation = Allocation::uniform;
   Currency currency = Currency::none;
-  // lagrangian: how far its levels go back to the uniform ones, 0 to 1. Half way is nowhere worse than
-  // uniform beyond chance; 0 is better from 50 % on (demo-7m: 2 % at 50, 6 % at 60 %) but behind uniform
+  // lagrangian: how far its levels go back to the uniform ones, 0 to 1. Half way loses to uniform in one
+  // cell of nine, by 0.5 %; 0 is better from 50 % on (demo-7m: 2 % at 50, 6 % at 60 %) but behind uniform
   // levels at 25 % (mix-88m: 0.1 to 1 %; docs/results.md, Allocation).
   double shrink = 0.5;
   Stream stream = Stream::thinned;
