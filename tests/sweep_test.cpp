@@ -150,6 +150,11 @@ TEST_F(SweepTest, OtherOptionsAreRefused) {
   o = options("begun");
   o.methods.pop_back();
   EXPECT_NE(message_of([&] { run(o); }).find("methods"), std::string::npos);
+  o = options("begun");
+  const std::string state = o.output + "/sweep.json", text = file_bytes(state), now = "\"version\": 2";
+  ASSERT_NE(text.find(now), std::string::npos);
+  std::ofstream(state) << std::string(text).replace(text.find(now), now.size(), "\"version\": 1");
+  EXPECT_NE(message_of([&] { run(o); }).find("version is 1, expected 2"), std::string::npos);
   std::ofstream(dir_ / "text.txt") << "x";
   o = options("other");
   fs::create_directory(o.output);

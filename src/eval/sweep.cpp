@@ -92,6 +92,10 @@ void check(const SweepOptions& o) {
   }
 }
 
+/// Of a sweep's directory. Raised when a method's name comes to mean something else: 2, larosa shares its
+/// budget out by error curves.
+constexpr int kVersion = 2;
+
 class Sweep {
  public:
   Sweep(const SweepOptions& options, Backend& backend, ThreadPool& pool)
@@ -128,19 +132,14 @@ class Sweep {
   /// What must not change between the runs of one sweep.
   Json job() const {
     const SweepOptions& o = options_;
-    Json methods = Json::array(), allocations = Json::array(), texts = Json::array();
-    for (const SweepMethod& m : o.methods) {
-      methods.push_back(m.name);
-      // What a name leaves to its default, which has changed before.
-      allocations.push_back(static_cast<int>(m.options.choice.allocation));
-    }
+    Json methods = Json::array(), texts = Json::array();
+    for (const SweepMethod& m : o.methods) methods.push_back(m.name);
     for (const SweepText& t : o.texts)
       texts.push_back({{"name", t.name}, {"tokens", t.tokens.size()}, {"hash", hash_tokens(t.tokens)}});
     const std::string config = read_file((fs::path(o.model) / "config.json").string());
     return {{"model", dense_.checkpoint->fingerprint()},
             {"config", fingerprint_of(config)},
             {"methods", methods},
-            {"allocations", allocations},
             {"sparsity", sparsities_},
             {"texts", texts},
             {"dense_prompt", o.dense_prompts},
@@ -179,11 +178,15 @@ class Sweep {
     const Json now = Json::parse(dump(job()));
     if (!fs::exists(state)) {
       if (!fs::is_empty(output_)) fail(output_.string(), ": is not empty and no sweep");
-      write_file(state, dump({{"version", 1}, {"job", now}, {"facts", facts()}}, 1) + "\n");
+      write_file(state, dump({{"version", kVersion}, {"job", now}, {"facts", facts()}}, 1) + "\n");
       return;
     }
     const nlohmann::json file = read_json(state);
-    const Fields then(Fields(file, state).get("job"), state, "job.");
+    const Fields fields(file, state);
+    if (fields.get("version") != kVersion)
+      fail(state, ": version is ", shown(fields.get("version")), ", expected ", kVersion,
+           ": methods meant something else then; give another -o");
+    const Fields then(fields.get("job"), state, "job.");
     for (const auto& [key, value] : now.items()) {
       const nlohmann::json& before = then.get(key);
       const nlohmann::json after = value;
