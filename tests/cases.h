@@ -2,6 +2,11 @@
 // owners of rows and weights that are strided and misaligned on purpose.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -109,14 +114,51 @@ class Random {
   std::normal_distribution<float> normal_;
 };
 
-/// Rows that own their memory, one element off any alignment and with a gap of NaN after each row.
+/// Memory before a page that may not be touched: a kernel that reads or writes past the end crashes, whatever
+/// the instruction set. Never on a vector's boundary: what would begin there ends `off` elements before the
+/// page.
+template <class T>
+class Guarded {
+ public:
+  explicit Guarded(int64_t count, int64_t off = 1) : count_(static_cast<size_t>(count)) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t spare = count_ * sizeof(T) % 64 == 0 ? static_cast<size_t>(off) : 0;
+    const size_t bytes = (count_ + spare) * sizeof(T);
+    const size_t pages = (bytes + page - 1) / page * page;
+    mapped_ = pages + page;
+    map_ = static_cast<std::byte*>(
+        mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    CHECK(map_ != MAP_FAILED && mprotect(map_ + pages, page, PROT_NONE) == 0);
+    data_ = reinterpret_cast<T*>(map_ + pages - bytes);
+  }
+  Guarded(Guarded&& other) noexcept
+      : map_(std::exchange(other.map_, nullptr)),
+        mapped_(other.mapped_),
+        count_(other.count_),
+        data_(other.data_) {}
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() {
+    if (map_) munmap(map_, mapped_);
+  }
+  T* data() const { return data_; }
+  size_t size() const { return count_; }
+
+ private:
+  std::byte* map_;
+  size_t mapped_, count_;
+  T* data_;
+};
+
+/// Rows that own their memory, off any alignment, with a gap of NaN after each row but the last.
 class Rows {
  public:
   Rows(int64_t rows, int64_t cols, int64_t gap = 3)
-      : data_(static_cast<size_t>(rows * (cols + gap) + 1), std::numeric_limits<float>::quiet_NaN()),
-        mat(data_.data() + 1, rows, cols, cols + gap) {}
-  Rows(const Rows& other)
-      : data_(other.data_), mat(data_.data() + 1, other.mat.rows, other.mat.cols, other.mat.stride) {}
+      : data_(rows > 0 ? rows * (cols + gap) - gap : 0), mat(data_.data(), rows, cols, cols + gap) {
+    std::fill_n(data_.data(), data_.size(), std::numeric_limits<float>::quiet_NaN());
+  }
+  Rows(const Rows& other) : Rows(other.mat.rows, other.mat.cols, other.mat.stride - other.mat.cols) {
+    std::copy_n(other.data_.data(), data_.size(), data_.data());
+  }
   Rows& operator=(const Rows&) = delete;
 
   Rows& fill(Random& random, float scale = 1) {
@@ -128,7 +170,7 @@ class Rows {
   float at(int64_t t, int64_t i) const { return mat.row(t)[i]; }
   /// The gaps are still NaN: nothing wrote between the rows.
   bool gaps_intact() const {
-    for (int64_t t = 0; t < mat.rows; ++t) {
+    for (int64_t t = 0; t + 1 < mat.rows; ++t) {
       for (int64_t i = mat.cols; i < mat.stride; ++i) {
         if (!std::isnan(mat.row(t)[i])) return false;
       }
@@ -137,43 +179,42 @@ class Rows {
   }
 
  private:
-  std::vector<float> data_;
+  Guarded<float> data_;
 
  public:
   Mat mat;
 };
 
-/// A weight that owns its memory, one element off any alignment.
+/// A weight that owns its memory, off any alignment but its elements'.
 class StoredWeight {
  public:
   StoredWeight(DType dtype, Layout layout, int64_t in, int64_t out, bool bias, Random& random)
-      : bias_(static_cast<size_t>(bias ? out : 0)) {
-    weight = {nullptr, nullptr, dtype, layout, in, out};
-    const int64_t off = quantised(dtype) ? 1 : dtype_size(dtype), line = weight.line_bytes();
-    bytes_.resize(static_cast<size_t>(weight.bytes() + off));
+      : weight{nullptr, nullptr, dtype, layout, in, out},
+        bytes_(weight.bytes(), quantised(dtype) ? 1 : dtype_size(dtype)),
+        bias_(bias ? out : 0) {
+    const int64_t line = weight.line_bytes();
     std::vector<float> values(static_cast<size_t>(weight.line_length()));
     for (int64_t i = 0; i < weight.lines(); ++i) {
       for (float& v : values) v = 0.5f * random.normal();
-      std::byte* to = bytes_.data() + off + i * line;
+      std::byte* to = bytes_.data() + i * line;
       if (quantised(dtype)) {
         quantise_line(values.data(), weight.line_length(), dtype, to);
         continue;
       }
       for (size_t j = 0; j < values.size(); ++j) store_element(to, dtype, static_cast<int64_t>(j), values[j]);
     }
-    for (float& b : bias_) b = random.normal();
-    weight.data = bytes_.data() + off;
+    for (size_t i = 0; i < bias_.size(); ++i) bias_.data()[i] = random.normal();
+    weight.data = bytes_.data();
     weight.bias = bias ? bias_.data() : nullptr;
   }
   StoredWeight(StoredWeight&&) = default;
   StoredWeight(const StoredWeight&) = delete;
 
- private:
-  std::vector<std::byte> bytes_;
-  std::vector<float> bias_;
-
- public:
   Weight weight;
+
+ private:
+  Guarded<std::byte> bytes_;
+  Guarded<float> bias_;
 };
 
 /// Number of entries whose bits differ.

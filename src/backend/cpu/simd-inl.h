@@ -27,16 +27,36 @@ HWY_INLINE int64_t lanes() {
   return static_cast<int64_t>(hn::Lanes(FloatTag()));
 }
 
-/// The first `left` (or all) lanes at p; the others are zero and their memory is not touched.
+// Loads and stores of some 32-bit lanes: SSE and NEON have none. Highway's would touch all lanes there.
+#if HWY_MEM_OPS_MIGHT_FAULT && HWY_TARGET != HWY_AVX2
+#define LAROSA_MASKED_MEMORY 0
+#else
+#define LAROSA_MASKED_MEMORY 1
+#endif
+
+/// The first `left` (or all) lanes at p; the others are zero and their memory is not touched, not even
+/// written back as it was: it may be another thread's.
 template <class Tag, class T>
 HWY_INLINE hn::Vec<Tag> load_part(Tag d, const T* p, int64_t left) {
   if (left >= lanes()) return hn::LoadU(d, p);
+#if LAROSA_MASKED_MEMORY
   return hn::MaskedLoad(hn::FirstN(d, static_cast<size_t>(left)), d, p);
+#else
+  HWY_ALIGN T part[hn::MaxLanes(Tag())] = {};
+  std::memcpy(part, p, static_cast<size_t>(left) * sizeof(T));
+  return hn::Load(d, part);
+#endif
 }
 template <class Tag, class T>
 HWY_INLINE void store_part(hn::Vec<Tag> v, Tag d, T* p, int64_t left) {
   if (left >= lanes()) return hn::StoreU(v, d, p);
+#if LAROSA_MASKED_MEMORY
   hn::BlendedStore(v, hn::FirstN(d, static_cast<size_t>(left)), d, p);
+#else
+  HWY_ALIGN T part[hn::MaxLanes(Tag())];
+  hn::Store(v, d, part);
+  std::memcpy(p, part, static_cast<size_t>(left) * sizeof(T));
+#endif
 }
 
 /// One vector of binary16.
