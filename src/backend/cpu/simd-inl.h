@@ -28,6 +28,7 @@ HWY_INLINE int64_t lanes() {
 }
 
 // Loads and stores of some 32-bit lanes: SSE and NEON have none. Highway's would touch all lanes there.
+#undef LAROSA_MASKED_MEMORY
 #if HWY_MEM_OPS_MIGHT_FAULT && HWY_TARGET != HWY_AVX2
 #define LAROSA_MASKED_MEMORY 0
 #else
