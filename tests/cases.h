@@ -122,8 +122,8 @@ class Guarded {
  public:
   explicit Guarded(int64_t count, int64_t off = 1) : count_(static_cast<size_t>(count)) {
     const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    const size_t spare = count_ * sizeof(T) % 64 == 0 ? static_cast<size_t>(off) : 0;
-    const size_t bytes = (count_ + spare) * sizeof(T);
+    spare_ = count_ * sizeof(T) % 64 == 0 ? static_cast<size_t>(off) : 0;
+    const size_t bytes = (count_ + spare_) * sizeof(T);
     const size_t pages = (bytes + page - 1) / page * page;
     mapped_ = pages + page;
     map_ = static_cast<std::byte*>(
@@ -135,6 +135,7 @@ class Guarded {
       : map_(std::exchange(other.map_, nullptr)),
         mapped_(other.mapped_),
         count_(other.count_),
+        spare_(other.spare_),
         data_(other.data_) {}
   Guarded& operator=(const Guarded&) = delete;
   ~Guarded() {
@@ -142,19 +143,22 @@ class Guarded {
   }
   T* data() const { return data_; }
   size_t size() const { return count_; }
+  /// Elements between the last one and the page.
+  size_t spare() const { return spare_; }
 
  private:
   std::byte* map_;
-  size_t mapped_, count_;
+  size_t mapped_, count_, spare_;
   T* data_;
 };
 
-/// Rows that own their memory, off any alignment, with a gap of NaN after each row but the last.
+/// Rows that own their memory, off any alignment, with a gap of NaN after each row, the last one's as far as
+/// the page.
 class Rows {
  public:
   Rows(int64_t rows, int64_t cols, int64_t gap = 3)
       : data_(rows > 0 ? rows * (cols + gap) - gap : 0), mat(data_.data(), rows, cols, cols + gap) {
-    std::fill_n(data_.data(), data_.size(), std::numeric_limits<float>::quiet_NaN());
+    std::fill_n(data_.data(), data_.size() + data_.spare(), std::numeric_limits<float>::quiet_NaN());
   }
   Rows(const Rows& other) : Rows(other.mat.rows, other.mat.cols, other.mat.stride - other.mat.cols) {
     std::copy_n(other.data_.data(), data_.size(), data_.data());
@@ -168,8 +172,10 @@ class Rows {
     return *this;
   }
   float at(int64_t t, int64_t i) const { return mat.row(t)[i]; }
-  /// The gaps are still NaN: nothing wrote between the rows.
+  /// The gaps are still NaN: nothing wrote between the rows or behind them.
   bool gaps_intact() const {
+    const float* behind = data_.data() + data_.size();
+    if (!std::all_of(behind, behind + data_.spare(), [](float v) { return std::isnan(v); })) return false;
     for (int64_t t = 0; t + 1 < mat.rows; ++t) {
       for (int64_t i = mat.cols; i < mat.stride; ++i) {
         if (!std::isnan(mat.row(t)[i])) return false;
