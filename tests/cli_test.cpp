@@ -487,15 +487,24 @@ TEST_F(Cli, NothingIsLeftOfAStartThatFails) {
                  {"/dev/null", 300});
 }
 
-TEST_F(Cli, AResumeNeedsTheSameConfig) {
+TEST_F(Cli, AResumeNeedsTheSameConfigAndVersion) {
   const Arguments a = {"sparsify", copy("changed"), "-o", dir_ / "made", "--calib", text()};
   ASSERT_EQ(run(a, {"/dev/null", 24000}).code, 1);  // a basis fits, a layer does not
   ASSERT_TRUE(fs::exists(dir_ / "made.partial"));
+  const auto refused = [&] {
+    const Outcome o = run(a);
+    EXPECT_EQ(o.code, 1);
+    EXPECT_NE(o.err.find("other options, text or model"), std::string::npos) << o.err;
+    EXPECT_FALSE(fs::exists(dir_ / "made"));
+  };
+  const std::string file = dir_ / "made.partial/job.json", job = file_bytes(file);
+  const std::string now = "\"version\":" + std::to_string(kPlanVersion);
+  ASSERT_NE(job.find(now), std::string::npos);
+  std::ofstream(file) << std::string(job).replace(job.find(now), now.size(), "\"version\":1");
+  refused();
+  std::ofstream(file) << job;
   edit_json(dir_ / "changed/config.json", [](nlohmann::json& j) { j["rope_theta"] = 777777; });
-  const Outcome o = run(a);
-  EXPECT_EQ(o.code, 1);
-  EXPECT_NE(o.err.find("other options, text or model"), std::string::npos) << o.err;
-  EXPECT_FALSE(fs::exists(dir_ / "made"));
+  refused();
 }
 
 TEST_F(Cli, OneProcessPerOutput) {

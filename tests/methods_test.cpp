@@ -95,6 +95,51 @@ TEST_F(Methods, AdaptersStandWhereBasesChange) {
   EXPECT_EQ(adapters(options[3]), "mamamamamamamam.");
 }
 
+/// Without its adapter a layer still leaves in the next basis what its projection adds.
+TEST_F(Methods, AdaptersTurnTheSkipPathAlone) {
+  struct Middle : Observer {
+    void see(Site site, Mat, Mat stream) override {
+      if (site == Site::h3) rows.assign(stream.data, stream.data + stream.rows * stream.cols);
+    }
+    std::vector<float> rows;
+  };
+  TemporaryDir dir;
+  SparsifyOptions options = with_sparsity(0.5);
+  options.choice.source = Source::separate;
+  make(demo_model(), dir / "out", options);
+  Model model = load_model(dir / "out");
+  const ModelConfig& c = model.config;
+  const auto tokens = some_tokens(c.vocab, kWindow, 3);
+  Layer& layer = model.layers[0];
+  Decoder decoder(c, *backend_);
+  Middle middle;
+  const auto run = [&] {
+    std::vector<float> rows(static_cast<size_t>(kWindow * c.dim));
+    const Mat x(rows.data(), kWindow, c.dim);
+    const auto cache = backend_->make_kv_cache({1, c.kv_heads, c.head_dim, kWindow, DType::f32});
+    decoder.embed(model.outer, tokens, x);
+    const Mat last = decoder.layer(layer, 0, *cache, 0, 0, x, Pass{false, &middle});
+    return std::vector<float>(last.data, last.data + rows.size());
+  };
+  /// With `adapter` zero, and `before` through it.
+  const std::vector<float> zero(static_cast<size_t>(c.dim * c.dim));
+  const auto sum = [&](Adapter& adapter, std::vector<float> before, const auto& result) {
+    const Adapter whole =
+        std::exchange(adapter, {{zero.data(), nullptr, DType::f32, Layout::channels, c.dim, c.dim}, {}});
+    std::vector<float> added = result(), turned(before.size());
+    adapter = whole;
+    decoder.adapt(whole, Mat(before.data(), kWindow, c.dim), Mat(turned.data(), kWindow, c.dim));
+    for (size_t i = 0; i < added.size(); ++i) added[i] += turned[i];
+    return added;
+  };
+  std::vector<float> embedded(static_cast<size_t>(kWindow * c.dim));
+  decoder.embed(model.outer, tokens, Mat(embedded.data(), kWindow, c.dim));
+  const auto at_middle = [&] { return run(), middle.rows; };
+  const std::vector<float> last = run(), seen = middle.rows;
+  EXPECT_LT(relative_rms(sum(layer.middle, embedded, at_middle), seen), 1e-5);
+  EXPECT_LT(relative_rms(sum(layer.adapter, seen, run), last), 1e-5);
+}
+
 /// WINA: channels of k and gate are orthogonal, and their norms alone score.
 TEST_F(Methods, WinaMakesChannelsOrthogonal) {
   TemporaryDir dir;
@@ -429,11 +474,13 @@ TEST_F(Methods, TrialsMeasureTheLayersOutput) {
     std::vector<float> found(static_cast<size_t>(kWindow * model.config.dim)), dense(found.size());
     for (auto* rows : {&found, &dense}) {
       Decoder decoder(model.config, *backend_);
-      const Mat x(rows->data(), kWindow, model.config.dim);
+      std::vector<float> input(rows->size());
+      const Mat x(input.data(), kWindow, model.config.dim);
       const auto cache =
           backend_->make_kv_cache({1, model.config.kv_heads, model.config.head_dim, kWindow, DType::f32});
       decoder.embed(model.outer, std::span(tokens).subspan(w * kWindow, kWindow), x);
-      decoder.layer(model.layers[0], 0, *cache, 0, 0, x, Pass{rows == &dense, nullptr});
+      const Mat last = decoder.layer(model.layers[0], 0, *cache, 0, 0, x, Pass{rows == &dense, nullptr});
+      std::copy_n(last.data, rows->size(), rows->data());
     }
     for (int64_t t = 0; t < kWindow; ++t) {
       const auto row = [&](const std::vector<float>& m) {

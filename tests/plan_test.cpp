@@ -93,7 +93,9 @@ TEST(Plan, JsonRefusalsNameTheField) {
     expect([&](json& j) { j.erase(name); }, {name});
     expect([&](json& j) { j[name] = json::array({7}); }, {name});
   }
-  expect([](json& j) { j["version"] = 2; }, {"version", "2"});
+  for (const int other : {kPlanVersion - 1, kPlanVersion + 1})
+    expect([&](json& j) { j["version"] = other; },
+           {"version", std::to_string(other), "sparsify the source again"});
   expect([](json& j) { j["sparsity"] = 1.5; }, {"sparsity", "1.5"});
   expect([](json& j) { j["notes"]["score"] = 3; }, {"notes.score", "3"});
   expect([](json& j) { j["layers"][1] = 3; }, {"layers.1"});

@@ -117,7 +117,7 @@ class LayerFolder {
     if (w.norm_q) vector("norm_q", w.norm_q, job_.config.head_dim);
     if (w.norm_k) vector("norm_k", w.norm_k, job_.config.head_dim);
     if (job_.plan.middle) adapter("middle", job_.bases.stream, job_.bases.mlp);
-    if (job_.plan.adapter) adapter("adapter", job_.bases.last(), job_.next->stream);
+    if (job_.plan.adapter) adapter("adapter", job_.bases.last(), behind(Projection::down));
   }
 
  private:
@@ -152,9 +152,10 @@ class LayerFolder {
     }
     matrix(name, change, dtype);
   }
-  /// The stream's where projections read or write it.
-  const Matrix& stream(Site site) const {
-    return site == Site::h1 || site == Site::h2 ? job_.bases.stream : job_.bases.last();
+  /// The stream's basis where projections read it, and that of the sum that o or down add to.
+  const Matrix& stream(Site site) const { return site == Site::h1 ? job_.bases.stream : job_.bases.last(); }
+  const Matrix& behind(Projection p) const {
+    return p == Projection::down && job_.next ? job_.next->stream : job_.bases.last();
   }
 
   void fold_group(const Group& group) {
@@ -211,8 +212,7 @@ class LayerFolder {
     if (site == Site::h2 && turns_heads_) turn_head_rows(m, job_.config, job_.bases.heads, pool_);
   }
   void turn_outputs(Projection p, Matrix& m) {
-    if ((p == Projection::wo || p == Projection::down) && turns_stream_)
-      m = multiply(m, stream(site_of(p)), pool_);
+    if ((p == Projection::wo || p == Projection::down) && turns_stream_) m = multiply(m, behind(p), pool_);
     if (p == Projection::wv && turns_heads_) turn_head_cols(m, job_.config, job_.bases.heads, pool_);
   }
 

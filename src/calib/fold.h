@@ -28,7 +28,7 @@ struct FoldJob {
   const ModelConfig& config;
   const LayerWeights& weights;  // the source's layer
   const Bases& bases;           // this layer's
-  const Bases* next;            // the next layer's, for the adapter; null: none
+  const Bases* next;            // the next layer's, where an adapter leads there; null: none
   const LayerPlan& plan;
   Form form;
   bool after_gain;  // simulate: thin after the gain, so the gain stays where it is
@@ -53,10 +53,9 @@ SafetensorsWriter::Entry stored_entry(const std::string& name, DType dtype, int6
 FoldedTensor stored_tensor(const std::string& name, const Matrix& m, DType dtype, ThreadPool& pool);
 
 /// All tensors of layer l:
-/// - folded: q, k, v, gate, up take Q_lᵀ diag(gain); o and down take Q_l on their outputs; v and o take the
-/// head
-///   bases; the adapter is Q_lᵀ Q_next (method of LaRoSA §4.2, arXiv 2507.01299, with every gain folded
-///   first).
+/// - folded: q, k, v, gate, up take Q_lᵀ diag(gain); o and down take on their outputs the basis behind them,
+///   the MLP's and the next layer's, into which an adapter turns the skip path, Q_lᵀ Q_next (LaRoSA §4.2,
+///   arXiv 2507.01299, with every gain folded first); v and o take the head bases.
 /// - simulate: the weights stay (the gain is merged in float32 unless after_gain) and the bases are stored.
 /// Score weights are the norms of the channels that Top-K chooses among, over all projections of the group.
 /// emit() takes them one by one, so that only one projection is in memory.

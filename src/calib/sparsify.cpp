@@ -167,7 +167,9 @@ class Job {
     vacant_path(output_);  // another process may have completed it meanwhile
     if (fs::exists(file) || !fs::is_empty(partial_)) {
       if (!fs::exists(file) || read_file(file) != job)
-        fail(partial_, ": was begun with other options, text or model; remove it to start again");
+        fail(
+            partial_,
+            ": was begun with other options, text or model, or by another version; remove it to start again");
       owned_ = true;
       std::fprintf(stderr, "sparsify: resuming from %s\n", partial_.c_str());
       return;
@@ -184,7 +186,8 @@ class Job {
     fs::create_directory(options_.kept);
     if (!fs::exists(file) && fs::is_empty(options_.kept)) return write_file(file, job);
     if (!fs::exists(file) || read_file(file) != job)
-      fail(options_.kept, ": was begun with other options, text or model; remove it to start again");
+      fail(options_.kept,
+           ": was begun with other options, text or model, or by another version; remove it to start again");
   }
 
   /// The plan before anything was measured: layers at uniform levels, everything else as it will be.
@@ -268,7 +271,8 @@ class Job {
       for (const char* field : {"sparsity", "count_adapters"}) options.erase(field);
       notes.clear();  // a note can hang on the budget: rsparse's mix is named where ranks are left
     }
-    return nlohmann::json({{"options", options},
+    return nlohmann::json({{"version", kPlanVersion},
+                           {"options", options},
                            {"notes", notes},
                            {"fingerprint", plan_.fingerprint},
                            {"text", fingerprint_of(text)},
@@ -617,7 +621,7 @@ class Job {
     std::ifstream in(fs::path(options_.source) / "config.json");
     nlohmann::json config = nlohmann::json::parse(in);
     config["architectures"] = {"LarosaForCausalLM"};
-    config["larosa"] = {{"version", 1},
+    config["larosa"] = {{"version", kPlanVersion},
                         {"method", plan_.method},
                         {"form", plan_.form},
                         {"sparsity", plan_.sparsity},

@@ -113,10 +113,12 @@ Trial::Trial(Layer& layer, int64_t l, const ModelConfig& config, Backend& backen
   CHECK(window_ <= decoder_.max_rows());
   dense_ = run(Pass{true, nullptr});
   moved_ = rows_;
-  if (!layer_.middle) return;
   const int64_t tokens = static_cast<int64_t>(rows_.size()) / config_.dim;
-  decoder_.adapt(layer_.middle, Mat(rows_.data(), tokens, config_.dim),
-                 Mat(moved_.data(), tokens, config_.dim));
+  for (const Adapter* adapter : {&layer_.middle, &layer_.adapter}) {
+    if (!*adapter) continue;
+    std::vector<float> from = moved_;
+    decoder_.adapt(*adapter, Mat(from.data(), tokens, config_.dim), Mat(moved_.data(), tokens, config_.dim));
+  }
 }
 
 std::vector<float> Trial::run(const Pass& pass) {
@@ -177,13 +179,7 @@ void Calibration::walk_window(const Layer& layer, int64_t l, const Pass& pass, M
 void Calibration::walk(const Layer& layer, int64_t l, const Pass& pass, const std::function<void()>& tick) {
   const Mat stream(stream_.data(), windows_ * window_, config_.dim);
   for (int64_t w = 0; w < windows_; ++w) {
-    const Mat rows = stream.slice(w * window_, window_);
-    walk_window(layer, l, pass, rows);
-    if (layer.adapter) {
-      scratch_.resize(static_cast<size_t>(window_ * config_.dim));
-      decoder_.adapt(layer.adapter, rows, Mat(scratch_.data(), window_, config_.dim));
-      std::copy(scratch_.begin(), scratch_.end(), rows.data);
-    }
+    walk_window(layer, l, pass, stream.slice(w * window_, window_));
     tick();
   }
 }

@@ -13,18 +13,17 @@ struct Decoder::Step {
   const Layer& layer;
   const Pass& pass;
   std::array<Mat, 7> out;  // where each projection's result goes
-  Mat stream;              // x of the layer, for the observer
+  Mat stream;              // what o and down add to
   int64_t index;           // of the layer in the model, for the tally
 };
 
 Decoder::Decoder(const ModelConfig& config, Backend& backend, int64_t max_rows)
     : config_(config), backend_(backend), frequencies_(config.inv_freq()), max_rows_(max_rows) {
   const int64_t widest = std::max({config.dim, config.q_dim(), config.ffn});
-  const int64_t cols[] = {config.dim, config.q_dim(), config.kv_dim(), config.kv_dim(), config.q_dim(),
-                          config.ffn, config.ffn,     config.ffn,      config.dim,      config.dim,
-                          config.dim, widest,         widest};
-  Mat* const mats[] = {&h_,   &q_, &k_,    &v_,      &att_,    &gate_, &up_,
-                       &mid_, &x_, &next_, &middle_, &turned_, &back_};
+  const int64_t cols[] = {config.dim,     config.q_dim(), config.kv_dim(), config.kv_dim(),
+                          config.q_dim(), config.ffn,     config.ffn,      config.ffn,
+                          config.dim,     config.dim,     widest,          widest};
+  Mat* const mats[] = {&h_, &q_, &k_, &v_, &att_, &gate_, &up_, &mid_, &x_, &next_, &turned_, &back_};
   int64_t total = 0;
   for (int64_t c : cols) total += c;
   constexpr int64_t kFloat = sizeof(float);
@@ -157,9 +156,19 @@ Mat Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t ca
   const auto view = [rows](const Mat& m) { return Mat(m.data, rows, m.cols); };
   const Mat h = view(h_), q = view(q_), k = view(k_), v = view(v_), att = view(att_), gate = view(gate_),
             up = view(up_), mid = view(mid_);
-  const Mat last = layer.middle ? view(middle_) : x;  // where the stream is at the end
-  Step step{layer, pass, {q, k, v, x, gate, up, last}, x, index};
+  Step step{layer, pass, {q, k, v, x, gate, up, x}, x, index};
   const LayerWeights& w = layer.weights;
+  Mat spare = view(x.data == x_.data ? next_ : x_);
+  // A change of basis turns the skip path alone, and the projection behind it adds in the new basis: so it
+  // needs not wait for what that projection reads. It stands before glu because a backend may do glu inside
+  // of the product that comes next (cuda).
+  const auto turn = [&](const Adapter& adapter) {
+    if (!adapter) return;
+    adapt(adapter, step.stream, spare);
+    std::swap(step.stream, spare);
+    step.out[static_cast<size_t>(Projection::wo)] = step.out[static_cast<size_t>(Projection::down)] =
+        step.stream;
+  };
 
   backend_.rms_norm(x, w.norm_attn, config_.norm_eps, h);
   apply(step, Site::h1, h);
@@ -178,16 +187,16 @@ Mat Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t ca
     first += count;
   }
   CHECK(first == rows);
+  turn(layer.middle);
   apply(step, Site::h2, att);
 
-  if (layer.middle) adapt(layer.middle, x, last);
-  step.stream = last;
-  backend_.rms_norm(last, w.norm_mlp, config_.norm_eps, h);
+  backend_.rms_norm(step.stream, w.norm_mlp, config_.norm_eps, h);
   apply(step, Site::h3, h);
   choose_neurons(step, h);
+  turn(layer.adapter);
   backend_.glu(gate, up, config_.activation, mid);
   apply(step, Site::h4, mid);
-  return last;
+  return step.stream;
 }
 
 void Decoder::adapt(const Adapter& adapter, Mat x, Mat next) {
@@ -200,20 +209,14 @@ void Decoder::adapt(const Adapter& adapter, Mat x, Mat next) {
 void Decoder::run(const Model& model, std::span<const int32_t> tokens, KvCache& cache,
                   std::span<const Segment> segments, const Pass& pass, Mat hidden) {
   const auto rows = static_cast<int64_t>(tokens.size());
-  const Mat even(x_.data, rows, config_.dim), odd(next_.data, rows, config_.dim);
-  Mat x = even;
+  Mat x(x_.data, rows, config_.dim);
   embed(model.outer, tokens, x);
   if (pass.tally) {
     pass.tally->kept.resize(static_cast<size_t>(config_.layers));
     pass.tally->rows += rows;
   }
   for (int64_t l = 0; l < config_.layers; ++l) {
-    const Layer& block = model.layers[static_cast<size_t>(l)];
-    x = layer(block, l, cache, l, segments, x, pass);
-    if (!block.adapter) continue;
-    const Mat next = x.data == even.data ? odd : even;
-    adapt(block.adapter, x, next);
-    x = next;
+    x = layer(model.layers[static_cast<size_t>(l)], l, cache, l, segments, x, pass);
   }
   backend_.rms_norm(x, model.outer.norm_out, config_.norm_eps, hidden);
 }

@@ -63,10 +63,10 @@ class Decoder {
   /// x (T, dim) = embeddings of tokens; T ≤ max_rows.
   void embed(const OuterWeights& outer, std::span<const int32_t> tokens, Mat x);
 
-  /// One layer's block on x (T, dim), before its adapter: segments of T rows together of `cache`, whose layer
-  /// `cache_layer` it uses; `index` is the layer's number in the model (its window). T ≤ max_rows. In place,
-  /// and returns x; but where the stream changes basis in between, the result stands in the decoder's memory
-  /// until the next call.
+  /// One layer on x (T, dim): segments of T rows together of `cache`, whose layer `cache_layer` it uses;
+  /// `index` is the layer's number in the model (its window). T ≤ max_rows. Returns where the stream is, in
+  /// the basis behind the layer: x or, where it has changed basis once, the decoder's memory, until the next
+  /// call with another x. x is overwritten.
   Mat layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer,
             std::span<const Segment> segments, Mat x, const Pass& pass);
   /// The same for positions pos … pos + T − 1.
@@ -106,7 +106,7 @@ class Decoder {
   int64_t max_rows_;
   std::shared_ptr<void> memory_;
   std::shared_ptr<const void> inv_freq_;
-  Mat h_, q_, k_, v_, att_, gate_, up_, mid_, x_, next_, middle_, turned_, back_;
+  Mat h_, q_, k_, v_, att_, gate_, up_, mid_, x_, next_, turned_, back_;
   std::unique_ptr<Selection> kept_;
 };
 

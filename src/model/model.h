@@ -36,7 +36,8 @@ struct GroupData {
 /// theirs: with it mix-88m at 50 % loses 5 % of perplexity, without it nothing.
 constexpr int64_t kAdapterTop = 16;
 
-/// A change of the stream's basis: x A. Empty: none.
+/// A change of the stream's basis: x A, of the skip path alone; the projection that adds to it writes in the
+/// new basis. Empty: none.
 struct Adapter {
   Weight weight;  // (dim, dim) channels
   Weight top;     // beside a quantised one, its first kAdapterTop channels (zero in it)
@@ -50,8 +51,8 @@ struct Layer {
   LayerWeights weights;
   LayerPlan plan = dense_layer();
   std::vector<GroupData> groups;  // beside plan.groups
-  Adapter middle;                 // basis of the attention → basis of the MLP; or empty
-  Adapter adapter;                // basis of this layer → basis of the next; or empty
+  Adapter middle;                 // beside o: basis of the attention → basis of the MLP; or empty
+  Adapter adapter;                // beside down: basis of this layer → basis of the next; or empty
 };
 
 struct Model {

@@ -15,7 +15,6 @@ namespace {
 using nlohmann::json;
 
 constexpr const char* kSelectNames[] = {"all", "topk", "threshold"};
-constexpr int kVersion = 1;
 constexpr int64_t kMostRank = int64_t{1} << 32;
 
 json rule_to_json(const Rule& rule) {
@@ -167,7 +166,7 @@ double kept_share(const Rule& rule, int64_t dim) {
 std::string plan_to_json(const Plan& plan) {
   json layers = json::array();
   for (const LayerPlan& layer : plan.layers) layers.push_back(layer_to_json(layer));
-  const json j = {{"version", kVersion},       {"method", plan.method},
+  const json j = {{"version", kPlanVersion},   {"method", plan.method},
                   {"form", plan.form},         {"fingerprint", plan.fingerprint},
                   {"sparsity", plan.sparsity}, {"notes", plan.notes},
                   {"layers", layers}};
@@ -178,7 +177,9 @@ Plan plan_from_json(const std::string& text, const std::string& source) {
   const std::string name = source + ": plan";
   const json object = parse_json(text, name);
   const Fields j(object, name);
-  j.integer("version", kVersion, kVersion);
+  if (j.get("version") != kPlanVersion)
+    j.refuse("version", "expected " + std::to_string(kPlanVersion) +
+                            ": other versions fold weights otherwise; sparsify the source again");
   Plan plan;
   plan.method = j.text("method");
   plan.form = j.text("form");

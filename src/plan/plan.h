@@ -12,6 +12,9 @@
 
 namespace larosa {
 
+/// Of what sparsify writes, finished or not. 2: adapters turn the skip path alone.
+inline constexpr int kPlanVersion = 2;
+
 enum class Select { all, topk, threshold };
 
 /// How one activation vector is thinned before a group of projections reads it.
@@ -39,8 +42,9 @@ struct Group {
 
 struct LayerPlan {
   std::vector<Group> groups;  // every projection exactly once, in the order of the arithmetic
-  bool adapter = false;       // the stream changes basis after this layer: tensor "layers.L.adapter"
-  bool middle = false;        // and between attention and MLP: tensor "layers.L.middle"
+  // The stream changes basis where down is added to it, and where o is. The tensors "layers.L.adapter" and
+  // "layers.L.middle" turn what is added to; down and o write in the new basis.
+  bool adapter = false, middle = false;
   // Which of the F neurons of the feed-forward are computed, by |a(gate)|: `up` is not read for the others,
   // and a(gate)·up is zero there (CATS, arXiv 2404.08763 §3; cut 0: the zeros of ReLU). What `down` then
   // skips is its own group's rule. The layer's `up` stands in rows, one output after the other, unless it is
