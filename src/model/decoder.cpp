@@ -160,8 +160,8 @@ Mat Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t ca
   const LayerWeights& w = layer.weights;
   Mat spare = view(x.data == x_.data ? next_ : x_);
   // A change of basis turns the skip path alone, and the projection behind it adds in the new basis: so it
-  // needs not wait for what that projection reads. It stands before glu because a backend may do glu inside
-  // of the product that comes next (cuda).
+  // needs not wait for what that projection reads. It stands right before that projection because a backend
+  // may do both in one (cuda).
   const auto turn = [&](const Adapter& adapter) {
     if (!adapter) return;
     adapt(adapter, step.stream, spare);
@@ -193,8 +193,8 @@ Mat Decoder::layer(const Layer& layer, int64_t index, KvCache& cache, int64_t ca
   backend_.rms_norm(step.stream, w.norm_mlp, config_.norm_eps, h);
   apply(step, Site::h3, h);
   choose_neurons(step, h);
-  turn(layer.adapter);
   backend_.glu(gate, up, config_.activation, mid);
+  turn(layer.adapter);
   apply(step, Site::h4, mid);
   return step.stream;
 }
