@@ -27,16 +27,19 @@ class DeviceRows {
     float* first = static_cast<float*>(data_.get()) + 1;  // off any alignment, as on the host
     mat = Mat(first, m.rows, m.cols, m.stride);
     // With the gaps, which must stay as they are.
-    backend.write(m.data, Mat(first, 1, m.rows * m.stride));
+    backend.write(m.data, Mat(first, 1, extent()));
   }
   /// The rows as they are now.
   Rows back() const {
     Rows rows(host_);
-    backend_.read(Mat(mat.data, 1, mat.rows * mat.stride), rows.mat.data);
+    backend_.read(Mat(mat.data, 1, extent()), rows.mat.data);
     return rows;
   }
 
  private:
+  /// As far as the last row's end.
+  int64_t extent() const { return mat.rows > 0 ? (mat.rows - 1) * mat.stride + mat.cols : 0; }
+
   Backend& backend_;
   const Rows host_;
   std::shared_ptr<void> data_;
