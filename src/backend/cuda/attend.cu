@@ -12,6 +12,8 @@ namespace larosa::cuda {
 namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarp;
+// One row: 64 positions of 128 entries are one load of each of four vectors per thread, then one of eight.
+constexpr int kOneThreads = 256, kSharers = 8;
 
 struct Step {
   Mat q, k, v, out;
@@ -51,11 +53,10 @@ __device__ void load_vector(const T* from, float (&to)[kVector]) {
 }
 
 template <class T, int kHeads, int kVector>
-__global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant__ Step a) {
+__global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_constant__ Step a) {
   extern __shared__ __align__(16) float shared[];
   __shared__ float top[kHeads], total[kHeads];
   __shared__ bool last;
-  let_next_start();
   const int width = static_cast<int>(a.cache.head_dim);
   const int kv_head = static_cast<int>(blockIdx.x) / a.parts, part = static_cast<int>(blockIdx.x) % a.parts;
   const int first_head = kv_head * a.group + part * kHeads, heads = min(kHeads, a.group - part * kHeads);
@@ -63,30 +64,32 @@ __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant
   const int count = static_cast<int>(end - begin);
   float* const q = shared;                      // (kHeads, width)
   float* const weight = q + kHeads * width;     // (kHeads, per)
-  float* const sums = weight + kHeads * a.per;  // (kThreads, kHeads · kVector)
+  float* const sums = weight + kHeads * a.per;  // (kOneThreads, kHeads · kVector)
   T* const keys = static_cast<T*>(a.cache.keys);
   T* const values = static_cast<T*>(a.cache.values);
   wait_for_inputs();
-  for (int i = static_cast<int>(threadIdx.x); i < kHeads * width; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < kHeads * width; i += kOneThreads) {
     const int h = i / width;
     q[i] = h < heads ? turned(a.q.data + (first_head + h) * width, i % width, width, a.at) * a.scale : 0;
   }
   if (end == a.pos + 1) {
     const int64_t line = cache_line(a.cache, kv_head, a.pos);
-    for (int e = static_cast<int>(threadIdx.x); e < width; e += kThreads) {
+    for (int e = static_cast<int>(threadIdx.x); e < width; e += kOneThreads) {
       narrow(turned(a.k.data + kv_head * width, e, width, a.at), keys[line + e]);
       narrow(__ldcg(a.v.data + kv_head * width + e), values[line + e]);
     }
   }
   __syncthreads();
 
-  // Scores: two threads per position.
-  for (int j = static_cast<int>(threadIdx.x) / 2; j < (count + 15) / 16 * 16; j += kThreads / 2) {
+  // Scores: kSharers threads per position; the lanes of a warp turn the loop together.
+  constexpr int kPositions = kWarp / kSharers;
+  for (int j = static_cast<int>(threadIdx.x) / kSharers;
+       j < (count + kPositions - 1) / kPositions * kPositions; j += kOneThreads / kSharers) {
     float dot[kHeads] = {};
     if (j < count) {
       const T* key = keys + cache_line(a.cache, kv_head, begin + j);
 #pragma unroll 4
-      for (int e = static_cast<int>(threadIdx.x) % 2 * kVector; e < width; e += 2 * kVector) {
+      for (int e = static_cast<int>(threadIdx.x) % kSharers * kVector; e < width; e += kSharers * kVector) {
         float k[kVector];
         load_vector<T, kVector>(key + e, k);
 #pragma unroll
@@ -98,12 +101,14 @@ __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant
     }
 #pragma unroll
     for (int h = 0; h < kHeads; ++h) {
-      const float score = dot[h] + __shfl_xor_sync(~0u, dot[h], 1);
-      if (j < count && threadIdx.x % 2 == 0) weight[h * a.per + j] = score;
+      float score = dot[h];
+#pragma unroll
+      for (int step = 1; step < kSharers; step *= 2) score += __shfl_xor_sync(~0u, score, step);
+      if (j < count && threadIdx.x % kSharers == 0) weight[h * a.per + j] = score;
     }
   }
   __syncthreads();
-  for (int h = warp(); h < heads; h += kWarps) {
+  for (int h = warp(); h < heads; h += (kOneThreads / kWarp)) {
     float* w = weight + h * a.per;
     float most = -INFINITY, sum = 0;
     for (int j = lane(); j < count; j += kWarp) most = Larger()(most, w[j]);
@@ -118,14 +123,14 @@ __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant
   __syncthreads();
 
   // Weighted values: threads share the entries, then the positions.
-  const int vectors = width / kVector, lines = max(1, kThreads / vectors);
+  const int vectors = width / kVector, lines = max(1, kOneThreads / vectors);
   const int64_t record = width + 2;
-  for (int first = 0; first < vectors; first += kThreads) {
-    const int v = first + static_cast<int>(threadIdx.x) % min(vectors, kThreads);
-    const int line = static_cast<int>(threadIdx.x) / min(vectors, kThreads);
+  for (int first = 0; first < vectors; first += kOneThreads) {
+    const int v = first + static_cast<int>(threadIdx.x) % min(vectors, kOneThreads);
+    const int line = static_cast<int>(threadIdx.x) / min(vectors, kOneThreads);
     float sum[kHeads][kVector] = {};
     if (v < vectors && line < lines) {
-#pragma unroll 4
+#pragma unroll 8
       for (int j = line; j < count; j += lines) {
         float x[kVector];
         load_vector<T, kVector>(values + cache_line(a.cache, kv_head, begin + j) + v * kVector, x);
@@ -147,7 +152,7 @@ __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant
         for (int i = 0; i < kVector; ++i) {
           float x = 0;
           for (int l = 0; l < lines; ++l)
-            x += sums[(threadIdx.x + l * min(vectors, kThreads)) * kHeads * kVector + h * kVector + i];
+            x += sums[(threadIdx.x + l * min(vectors, kOneThreads)) * kHeads * kVector + h * kVector + i];
           const int e = v * kVector + i;
           if (gridDim.y == 1) {
             a.out.data[(first_head + h) * width + e] = __fdiv_rn(x, total[h]);
@@ -177,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant
   __syncthreads();
   if (!last) return;
   __threadfence();
-  for (int i = static_cast<int>(threadIdx.x); i < heads * width; i += kThreads) {
+  for (int i = static_cast<int>(threadIdx.x); i < heads * width; i += kOneThreads) {
     const int h = first_head + i / width, e = i % width;
     const float* from = a.scratch.partial + h * static_cast<int64_t>(gridDim.y) * record;
     float most = -INFINITY, sum = 0, x = 0;
@@ -193,7 +198,6 @@ __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) append_kernel(Mat k, Mat v, CacheLayer cache, int64_t pos) {
-  let_next_start();
   wait_for_inputs();
   const int64_t t = blockIdx.x, width = cache.head_dim;
   for (int64_t i = threadIdx.x; i < k.cols; i += kThreads) {
@@ -210,7 +214,6 @@ template <class T, int kPieces>
 __global__ void __launch_bounds__(kThreads)
     rows_kernel(Mat q, CacheLayer cache, int64_t pos, int64_t window, int group, float scale, Mat out) {
   extern __shared__ __align__(16) float shared[];
-  let_next_start();
   wait_for_inputs();
   const int width = static_cast<int>(cache.head_dim), head = static_cast<int>(blockIdx.y),
             kv_head = head / group;
@@ -285,8 +288,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, int kHeads>
 void launch_one(const Stream& s, const Step& a, dim3 blocks) {
   const bool vectors = a.cache.head_dim % 4 == 0;
-  const int64_t floats = kHeads * (a.cache.head_dim + a.per + kThreads * (vectors ? 4 : 1));
-  launch_kernel(s, vectors ? one_row_kernel<T, kHeads, 4> : one_row_kernel<T, kHeads, 1>, blocks, kThreads,
+  const int64_t floats = kHeads * (a.cache.head_dim + a.per + kOneThreads * (vectors ? 4 : 1));
+  launch_kernel(s, vectors ? one_row_kernel<T, kHeads, 4> : one_row_kernel<T, kHeads, 1>, blocks, kOneThreads,
                 floats * 4, a);
 }
 

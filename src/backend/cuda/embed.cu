@@ -11,7 +11,6 @@ constexpr int kThreads = 256;
 template <class Line>
 __global__ void __launch_bounds__(kThreads) embed_kernel(const char* table, int64_t bytes, int64_t padded,
                                                          const int32_t* tokens, int32_t only, Mat x) {
-  let_next_start();
   wait_for_inputs();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, t = blockIdx.y;
   if (i >= x.cols) return;

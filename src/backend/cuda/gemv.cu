@@ -1,401 +1,438 @@
-// The decoding product: one row times weights in channels layout. A tile is what a warp reads of one channel,
-// 512 bytes; every warp of the grid takes an even share of one tile's channels, and the shares are added in a
-// fixed order: in the block, then over the blocks of the tile by the last of them to arrive.
+// The decoding product: one row times weights in channels layout. A group of blocks has a range of the
+// outputs, its tile; its threads share the listed channels, 16 bytes of outputs each, and their sums are
+// added in a fixed order: in the block, then over the blocks of the group, which meet for it.
 #include <algorithm>
 
 #include "backend/cuda/gemv_types.cuh"
 #include "backend/cuda/launch.h"
-#include "backend/cuda/select.cuh"
+#include "backend/cuda/row.cuh"
 #include "base/error.h"
 #include "base/quant.h"
 
 namespace larosa::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarp;
-constexpr int kEarly = 16;  // channels per warp that are fetched before the row is ready: 17 MB in all
+constexpr int kThreads = 512;
+constexpr int kGroup = 4;  // blocks of a group
+
+// A dependent launch puts its blocks where there is room, two on one multiprocessor and none on another if it
+// comes to that: on 66 of an H200's 132 then, and half of the bandwidth is lost. So launches take turns: two
+// even ones have not enough registers, two odd ones not enough shared memory for both, an even and an odd one
+// have.
+constexpr int kEvenRegisters = 72, kOddRegisters = 56;
+constexpr int64_t kOddShared = 116 << 10;
+constexpr int kEarly = 16;  // channels per thread that are fetched before the row is ready: 17 MB in all
+
+/// How a weight's channels are read: a struct of gemv_types.cuh each.
+enum class Format { f32, f16, bf16, int8, int4, loose_f32, loose_f16, loose_bf16 };
+
+struct Lines {
+  const char* data;
+  int64_t line;  // bytes of a channel
+  int padded;    // outputs that it has room for
+  Format format;
+};
 
 struct Part {
-  const char* weight;
+  Lines lines;
   const float* bias;
   float* y;
-  int64_t line, padded;  // bytes of a channel; outputs that it has room for
-  int out, first_tile;
+  int out, first;  // first: granule where it begins
   bool accumulate;
+};
+
+struct SkipArgs {
+  const float* x;
+  Lines lines;
+  int cols;
 };
 
 struct Args {
   Part part[kMostProducts];
-  int parts, tiles;
+  int parts;
+  Format format;                 // of every part
+  int granule, granules, tiles;  // outputs of a granule; granules in all; tiles they are shared out to
+  int group;                     // blocks that share a tile
+  bool paired;                   // a tile has the same outputs of both parts
+  bool early;                    // the skips need not wait
+  int skips;
+  SkipArgs skip[kMostSkips];
+  Glu glu;
   Input in;
   Scratch scratch;
 };
 
-/// Tile of a warp, and the first warp of a tile: `warps` shared evenly by `tiles`.
-__device__ int tile_of(int warp_index, int tiles, int warps) {
-  return static_cast<int>((static_cast<unsigned>(warp_index + 1) * static_cast<unsigned>(tiles) - 1) /
-                          static_cast<unsigned>(warps));
+/// The outputs of a tile stand side by side: of a run of the parts, or the same outputs of two parts.
+struct Tile {
+  int first;    // granule
+  int half;     // outputs of a run, or of each of the two
+  int columns;  // in all
+};
+__device__ Tile tile_at(const Args& a, int tile) {
+  const int first = static_cast<int>(static_cast<int64_t>(tile) * a.granules / a.tiles);
+  const int end = static_cast<int>(static_cast<int64_t>(tile + 1) * a.granules / a.tiles);
+  const int half = (end - first) * a.granule;
+  return {first, half, a.paired ? 2 * half : half};
 }
-__device__ int first_warp(int tile, int tiles, int warps) {
-  return static_cast<int>(static_cast<unsigned>(tile) * static_cast<unsigned>(warps) /
-                          static_cast<unsigned>(tiles));
-}
-__device__ const Part& part_of(const Args& a, int tile) {
+struct Place {
+  int part, output;
+};
+__device__ Place place_of(const Args& a, const Tile& tile, int column) {
+  if (a.paired) {
+    const int part = column >= tile.half;
+    return {part, tile.first * a.granule + column - part * tile.half};
+  }
+  const int output = tile.first * a.granule + column;
   int p = 0;
 #pragma unroll 1
-  while (p + 1 < a.parts && tile >= a.part[p + 1].first_tile) ++p;
-  return a.part[p];
+  while (p + 1 < a.parts && output >= a.part[p + 1].first * a.granule) ++p;
+  return {p, output - a.part[p].first * a.granule};
 }
 
-/// Where a row's channels stand: all of them in `values` (shared memory), those that `near` lists of them, or
-/// a list in global memory.
-enum class Where { all, near, list };
-struct Channels {
-  Where where;
-  const uint16_t* near;
-  const int32_t* index;
-  const float* values;
-  int count;
+/// What a thread reads of every channel that is its own. The threads of a group of blocks stand side by side:
+/// thread after thread reads on where the one before has ended, over and over again. Those left over at the
+/// end do what the ones before them do.
+struct Share {
+  int column;       // of the tile, the vector's first
+  int first, step;  // positions of the list
+  bool counts;      // not left over
 };
-
-/// Shared memory of a row: keys (the warps' sums take their place afterwards), values, list.
-__host__ __device__ inline int64_t key_bytes(const Input& in) {
-  return in.select == Selects::all ? 0 : (in.cols * 4 + 15) / 16 * 16;
-}
-__host__ __device__ inline int64_t sums_bytes(int tile) {
-  return kWarps * tile * static_cast<int64_t>(sizeof(float));
+__device__ Share share_of(const Args& a, const Tile& tile, int lane, int rank) {
+  const int vectors = tile.columns / lane, thread = rank * kThreads + static_cast<int>(threadIdx.x);
+  const int groups = max(a.group * kThreads / vectors, 1), group = thread / vectors;
+  return {thread % vectors * lane, min(group, groups - 1), groups, group < groups};
 }
 
-/// body(e, v) for the thread's entries e < cols of a row, four loads ahead.
-template <class Load, class Body>
-__device__ void each_entry(int cols, const Load& load, const Body& body) {
-  constexpr int kTogether = 4;
-  const int steps = (cols + kThreads - 1) / kThreads, first = warp() * steps * kWarp + lane();
-#pragma unroll 1
-  for (int i = 0; i < steps; i += kTogether) {
-    decltype(load(0)) loaded[kTogether];
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u) {
-      const int e = first + (i + u) * kWarp;
-      if (i + u < steps && e < cols) loaded[u] = load(e);
-    }
-#pragma unroll
-    for (int u = 0; u < kTogether; ++u) {
-      const int e = first + (i + u) * kWarp;
-      if (i + u < steps && e < cols) body(e, loaded[u]);
-    }
-  }
-}
-
-/// The row in shared memory, with the keys of its scores where something is selected. True when no entry is
-/// +0: then a row that is read whole needs no list.
-__device__ bool make_row(const Input& in, float* values, uint32_t* keys, float* reduced) {
-  bool full = true;
-  const auto put = [&](int e, float v, float scale) {
-    values[e] = v;
-    full &= __float_as_uint(v) != 0;
-    if (in.select != Selects::all) keys[e] = score_key(v, &scale, 0);
-  };
-  const auto scale_of = [&](int e) { return in.scale ? __ldg(in.scale + e) : 1.0f; };
-  if (in.source == Source::norm) {
-    float sum = 0;
-    each_entry(
-        in.cols, [&](int e) { return __ldcg(in.x + e); },
-        [&](int e, float v) {
-          values[e] = v;
-          sum = fmaf(v, v, sum);
-        });
-    const float factor = norm_factor(block_reduce<kThreads>(sum, reduced, Add()), in.cols, in.eps);
-    each_entry(
-        in.cols, [&](int e) { return make_float2(in.gain ? __ldg(in.gain + e) : 1.0f, scale_of(e)); },
-        [&](int e, float2 by) { put(e, __fmul_rn(__fmul_rn(values[e], factor), by.x), by.y); });
-  } else {
-    const bool glu = in.source == Source::glu;
-    each_entry(
-        in.cols,
-        [&](int e) { return make_float3(__ldcg(in.x + e), glu ? __ldcg(in.up + e) : 0, scale_of(e)); },
-        [&](int e, float3 v) { put(e, glu ? gated(v.x, v.y, in.activation) : v.x, v.z); });
-  }
-  return __syncthreads_and(full);
-}
-
-__device__ Channels prepare(const Input& in, char* shared, int64_t sums, SelectScratch<kThreads>& scratch) {
-  if (in.source == Source::list)
-    return {Where::list, nullptr, in.list.index, in.list.value, __ldcg(in.list.counts)};
-  uint32_t* keys = reinterpret_cast<uint32_t*>(shared);
-  float* values = reinterpret_cast<float*>(shared + max(sums, key_bytes(in)));
-  uint16_t* near = reinterpret_cast<uint16_t*>(values + in.cols);
-  const bool full = make_row(in, values, keys, scratch.reduced);
-  const bool store = blockIdx.x == 0, store_list = store && in.list.index;
-  if (store && in.values) {
-    for (int e = static_cast<int>(threadIdx.x); e < in.cols; e += kThreads) in.values[e] = values[e];
-  }
-  if (full && in.select == Selects::all && !in.list.index)
-    return {Where::all, nullptr, nullptr, values, in.cols};
-  // Without a selection the keys do not count; the values stand in for them.
-  const KeyedRow<kThreads> row{values, in.select == Selects::all ? reinterpret_cast<uint32_t*>(values) : keys,
-                               in.cols};
-  const int2 counts = compact(row, cut_of(row, in, scratch), scratch, [&](int place, int i, float value) {
-    near[place] = static_cast<uint16_t>(i);
-    if (!store_list) return;
-    in.list.index[place] = i;
-    in.list.value[place] = value;
-  });
-  if (store_list && threadIdx.x == 0) {
-    in.list.counts[0] = counts.x;
-    in.list.counts[1] = counts.y;
-  }
-  __syncthreads();
-  return {Where::near, near, nullptr, values, counts.x};
-}
-
-/// Brings what the row needs besides its input closer: the stream of weights has pushed it out of the caches.
-__device__ void prefetch_row(const Input& in) {
-  constexpr int kLine = 32;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) * kLine; i < in.cols; i += kThreads * kLine) {
-    if (in.gain) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.gain + i));
-    if (in.scale) asm volatile("prefetch.global.L2 [%0];" ::"l"(in.scale + i));
-  }
-}
-
-/// bias, y before, and the sum, in this order.
-__device__ void finish(const Part& part, int j, float sum) {
-  if (j >= part.out) return;
-  if (part.bias) sum = __fadd_rn(sum, part.bias[j]);
-  if (part.accumulate) sum = __fadd_rn(sum, part.y[j]);
-  part.y[j] = sum;
-}
-
-/// Adds the warps' sums of this block's tiles and, where a tile has several blocks, those of the blocks.
-template <int kTile>
-__device__ void join(const Args& a, const float* sums) {
-  __shared__ bool last[2];
-  const int block = static_cast<int>(blockIdx.x), warps = static_cast<int>(gridDim.x) * kWarps;
-  const int begin = block * kWarps, end = begin + kWarps;
-  const int first_tile = tile_of(begin, a.tiles, warps), last_tile = tile_of(end - 1, a.tiles, warps);
-#pragma unroll 1
-  for (int tile = first_tile; tile <= last_tile; ++tile) {
-    const Part& part = part_of(a, tile);
-    const int from = first_warp(tile, a.tiles, warps), to = first_warp(tile + 1, a.tiles, warps);
-    const bool whole = from >= begin && to <= end;
-    const int low = max(from, begin) - begin, high = min(to, end) - begin;
-#pragma unroll 1
-    for (int j = static_cast<int>(threadIdx.x); j < kTile; j += kThreads) {
-      float sum = sums[low * kTile + j];
-#pragma unroll 4
-      for (int w = low + 1; w < high; ++w) sum = __fadd_rn(sum, sums[w * kTile + j]);
-      if (whole) {
-        finish(part, (tile - part.first_tile) * kTile + j, sum);
-      } else {
-        __stcg(a.scratch.partial + (static_cast<int64_t>(tile) + block) * kTile + j, sum);
-      }
-    }
-  }
-  // Only a block's first and last tile can reach into other blocks.
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x < 2) {
-    const int tile = threadIdx.x == 0 ? first_tile : last_tile;
-    const int from = first_warp(tile, a.tiles, warps), to = first_warp(tile + 1, a.tiles, warps);
-    const bool shared = (from < begin || to > end) && (threadIdx.x == 0 || last_tile != first_tile);
-    const int others = (to - 1) / kWarps - from / kWarps;
-    last[threadIdx.x] = shared && atomicAdd(a.scratch.ticket + tile, 1u) == static_cast<uint32_t>(others);
-    if (last[threadIdx.x]) a.scratch.ticket[tile] = 0;
-  }
-  __syncthreads();
-#pragma unroll 1
-  for (int t = 0; t < 2; ++t) {
-    if (!last[t]) continue;
-    __threadfence();
-    const int tile = t == 0 ? first_tile : last_tile;
-    const Part& part = part_of(a, tile);
-    const int from = first_warp(tile, a.tiles, warps) / kWarps;
-    const int to = (first_warp(tile + 1, a.tiles, warps) - 1) / kWarps;
-#pragma unroll 1
-    for (int j = static_cast<int>(threadIdx.x); j < kTile; j += kThreads) {
-      const float* partial = a.scratch.partial + static_cast<int64_t>(tile) * kTile + j;
-      float sum = __ldcg(partial + static_cast<int64_t>(from) * kTile);
-#pragma unroll 8
-      for (int b = from + 1; b <= to; ++b)
-        sum = __fadd_rn(sum, __ldcg(partial + static_cast<int64_t>(b) * kTile));
-      finish(part, (tile - part.first_tile) * kTile + j, sum);
-    }
-  }
-}
-
+/// A thread's vector of channel 0, and the bytes from one channel to the next.
+struct Vector {
+  const char* data;
+  uint32_t line;
+  int extra;
+};
 /// Up to kAhead of the channels e, e + step, … of the list; kWhole: all of them are there.
 template <class Type, Where kWhere, bool kWhole>
-__device__ void add_batch(const Channels& channels, int e, int step, const char* weight, int64_t line,
-                          int64_t first, int l, int64_t padded, float (&sum)[Type::kLane]) {
+__device__ void add_batch(const Channels& channels, const List& list, int e, int step, const Vector& vector,
+                          float (&sum)[Type::kLane]) {
   constexpr int kAhead = Type::kAhead;
+  const auto* const values = reinterpret_cast<const float*>(block_memory() + channels.values);
+  const auto* const near = reinterpret_cast<const uint16_t*>(block_memory() + channels.near);
+  const auto place = [&](int u) { return kWhole ? e + u * step : min(e + u * step, channels.count - 1); };
+  const auto channel = [&](int at) -> uint32_t {
+    return kWhere == Where::all ? at : kWhere == Where::near ? near[at] : __ldcg(list.index + at);
+  };
   typename Type::Loaded loaded[kAhead];
-  float x[kAhead];
 #pragma unroll
-  for (int u = 0; u < kAhead; ++u) {
-    const int at = kWhole ? e + u * step : min(e + u * step, channels.count - 1);
-    const int c = kWhere == Where::all    ? at
-                  : kWhere == Where::near ? channels.near[at]
-                                          : __ldcg(channels.index + at);
-    x[u] = kWhere == Where::list ? __ldcg(channels.values + at) : channels.values[c];
-    loaded[u] = Type::load(weight + c * line, first, l, padded);
-  }
+  for (int u = 0; u < kAhead; ++u)
+    loaded[u] = Type::load(vector.data + uint64_t{channel(place(u))} * vector.line, vector.extra);
   __syncwarp();  // keeps the loads together: without it each is waited for before the next is issued
+  asm volatile("" : "+r"(e));  // and their places are worked out again: kept, they were spilled
 #pragma unroll
   for (int u = 0; u < kAhead; ++u) {
-    if (kWhole || e + u * step < channels.count) Type::add(loaded[u], x[u], sum);
+    if (!kWhole && e + u * step >= channels.count) continue;
+    const int at = place(u);
+    const float x = kWhere == Where::list ? __ldcg(list.value + at) : values[channel(at)];
+    Type::add(loaded[u], x, sum);
   }
 }
-
-/// Adds the warp's share of the channels. Lanes beyond the last output read what the first lane reads.
 template <class Type, Where kWhere>
-__device__ void accumulate(const Channels& channels, int e, int step, const Part& part, int64_t first,
-                           float (&sum)[Type::kLane]) {
-  const char* const weight = part.weight;
-  const int64_t line = part.line, padded = part.padded;
-  const int l = first + Type::output(lane(), 0) < padded ? lane() : 0;
+__device__ void add_channels(const Channels& channels, const List& list, const Share& share,
+                             const Vector& vector, float (&sum)[Type::kLane]) {
+  const int step = share.step;
+  int e = share.first;
+  // Lanes of a warp can belong to two groups; they turn the loop together.
+  const int before = e - __reduce_min_sync(~0u, e), behind = __reduce_max_sync(~0u, e) - e;
 #pragma unroll 1
-  for (; e + (Type::kAhead - 1) * step < channels.count; e += Type::kAhead * step)
-    add_batch<Type, kWhere, true>(channels, e, step, weight, line, first, l, padded, sum);
-  if (e < channels.count)
-    add_batch<Type, kWhere, false>(channels, e, step, weight, line, first, l, padded, sum);
+  for (; e + behind + (Type::kAhead - 1) * step < channels.count; e += Type::kAhead * step)
+    add_batch<Type, kWhere, true>(channels, list, e, step, vector, sum);
+#pragma unroll 1
+  for (; e - before < channels.count; e += Type::kAhead * step)
+    add_batch<Type, kWhere, false>(channels, list, e, step, vector, sum);
 }
 
+/// The thread's sums to shared memory at offset `at`, where the row was. A function of its own, so that
+/// nothing of the caller's is spilled and fetched again in its loops (from beyond the L1 at that: they cost
+/// half of the bandwidth).
 template <class Type>
-__global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ Args a) {
-  extern __shared__ __align__(16) char shared[];
-  __shared__ SelectScratch<kThreads> scratch;
-  constexpr int kTile = kWarp * Type::kLane;
-  float* sums = reinterpret_cast<float*>(shared);
-  let_next_start();
-  const int warps = static_cast<int>(gridDim.x) * kWarps;
-  const int me = static_cast<int>(blockIdx.x) * kWarps + warp();
-  const int tile = tile_of(me, a.tiles, warps);
-  const int from = first_warp(tile, a.tiles, warps), step = first_warp(tile + 1, a.tiles, warps) - from;
-  const Part& part = part_of(a, tile);
-  const int64_t first = static_cast<int64_t>(tile - part.first_tile) * kTile;
-  prefetch_row(a.in);
-  if (a.in.select == Selects::all && a.in.source != Source::list && lane() % 4 == 0 &&
-      first + Type::output(lane(), 0) < part.padded) {
-    // Weights do not depend on what runs before: the first channels are on their way when the row is ready.
-#pragma unroll 1
-    for (int u = 0, e = me - from; u < kEarly && e < a.in.cols; ++u, e += step)
-      asm volatile(
-          "prefetch.global.L2 [%0];" ::"l"(part.weight + e * part.line + Type::offset(first, lane())));
-  }
-  wait_for_inputs();
-  const Channels channels = prepare(a.in, shared, sums_bytes(kTile), scratch);
+__device__ __noinline__ void add_vectors(Channels channels, List list, Share share, Vector vector, int padded,
+                                         int output, int at) {
+  // Vectors beyond the last output read the first one.
+  const int v = output < padded ? output / Type::kLane : 0;
+  vector.data += v * 16;
+  vector.extra = Type::extra(v, padded);
   float sum[Type::kLane] = {};
   if (channels.where == Where::all) {
-    accumulate<Type, Where::all>(channels, me - from, step, part, first, sum);
+    add_channels<Type, Where::all>(channels, list, share, vector, sum);
   } else if (channels.where == Where::near) {
-    accumulate<Type, Where::near>(channels, me - from, step, part, first, sum);
+    add_channels<Type, Where::near>(channels, list, share, vector, sum);
   } else {
-    accumulate<Type, Where::list>(channels, me - from, step, part, first, sum);
+    add_channels<Type, Where::list>(channels, list, share, vector, sum);
   }
+  __syncthreads();  // the row has been read
+  auto* const sums = reinterpret_cast<float*>(block_memory() + at) + threadIdx.x * Type::kLane;
 #pragma unroll
-  for (int i = 0; i < Type::kLane; ++i) sums[warp() * kTile + Type::output(lane(), i)] = sum[i];
+  for (int i = 0; i < Type::kLane; ++i) sums[i] = share.counts ? sum[i] : 0;
   __syncthreads();
-  join<kTile>(a, sums);
 }
-
-/// Weights whose lines are not multiples of 16 bytes: element by element.
-template <class T>
-struct Unaligned {
-  static constexpr int kLane = 16 / sizeof(T), kAhead = 2;
-  struct Loaded {
-    T element[kLane];
+__device__ void add_format(Format format, const Channels& channels, const List& list, const Share& share,
+                           const Lines& lines, int output, int at) {
+  const Vector vector{lines.data, static_cast<uint32_t>(lines.line), 0};
+  const auto add = [&](auto type) {
+    add_vectors<decltype(type)>(channels, list, share, vector, lines.padded, output, at);
   };
-  __device__ static int64_t offset(int64_t, int) { return 0; }
-  __device__ static Loaded load(const char* line, int64_t first, int l, int64_t padded) {
-    Loaded v = {};
-#pragma unroll
-    for (int i = 0; i < kLane; ++i) {
-      if (first + output(l, i) < padded)
-        v.element[i] = reinterpret_cast<const T*>(line)[first + output(l, i)];
-    }
-    return v;
+  switch (format) {
+    case Format::f32:
+      return add(Plain<float>());
+    case Format::f16:
+      return add(Plain<__half>());
+    case Format::bf16:
+      return add(Plain<__nv_bfloat16>());
+    case Format::int8:
+      return add(Bytes());
+    case Format::int4:
+      return add(Nibbles());
+    case Format::loose_f32:
+      return add(Unaligned<float>());
+    case Format::loose_f16:
+      return add(Unaligned<__half>());
+    default:
+      return add(Unaligned<__nv_bfloat16>());
   }
-  __device__ static void add(const Loaded& v, float x, float (&sum)[kLane]) {
-#pragma unroll
-    for (int i = 0; i < kLane; ++i) sum[i] = fmaf(x, widen(v.element[i]), sum[i]);
-  }
-  __device__ static int output(int l, int i) {
-    return l * kLane + i;
-  }
-};
+}
 
-struct Format {
-  int tile;        // outputs that a warp reads of a channel
-  int64_t padded;  // outputs that a line has room for
-  bool aligned;
-};
+/// Outputs of a vector, and of the fewest whole vectors that hold a run of outputs.
+__host__ __device__ constexpr int lane_of(Format f) {
+  return f == Format::int4                            ? Nibbles::kLane
+         : f == Format::int8                          ? Bytes::kLane
+         : f == Format::f32 || f == Format::loose_f32 ? Plain<float>::kLane
+                                                      : Plain<__half>::kLane;
+}
+__host__ __device__ constexpr int granule_of(Format f) {
+  return f == Format::int4 ? Nibbles::kGranule : lane_of(f);
+}
+
+/// This block's share of the channels of a tile: take(column, sum). `at`: offset of the row and, once it has
+/// been read, of the threads' sums.
+template <class Take>
+__device__ void add_product(const Args& a, const Tile& tile, int rank, const Channels& channels,
+                            const List& list, const Lines* skip, int at, const Take& take) {
+  const Format format = skip ? skip->format : a.format;
+  const int lane = lane_of(format);
+  const Share share = share_of(a, tile, lane, rank);
+  const Place place =
+      skip ? Place{0, tile.first * a.granule + share.column} : place_of(a, tile, share.column);
+  add_format(format, channels, list, share, skip ? *skip : a.part[place.part].lines, place.output, at);
+  // The block's first vector is somewhere in the tile; a vector's next sum is a group further.
+  const auto* const sums = reinterpret_cast<const float*>(block_memory() + at);
+  const int vectors = tile.columns / lane, begin = rank * kThreads % vectors;
+#pragma unroll 1
+  for (int c = static_cast<int>(threadIdx.x); c < tile.columns; c += kThreads) {
+    const int v = c / lane, i = c % lane;
+    const int first = v - begin + (v < begin ? vectors : 0);
+    float total = 0;
+#pragma unroll 4
+    for (int t = first; t < kThreads; t += vectors) total = __fadd_rn(total, sums[t * lane + i]);
+    take(format == Format::int4 ? Nibbles::column(v, i) : c, total);
+  }
+  __syncthreads();
+}
+
+/// Adds a skip's share to total[column].
+__device__ void add_skip(const Args& a, const Tile& tile, int rank, const SkipArgs& skip, int at,
+                         float* total) {
+  fetch_row<kThreads>(skip.x, skip.cols, reinterpret_cast<float*>(block_memory() + at));
+  wait_for_row();
+  const Channels all{Where::all, at, 0, skip.cols, skip.cols};
+  add_product(a, tile, rank, all, {}, &skip.lines, at,
+              [&](int column, float sum) { total[column] = __fadd_rn(total[column], sum); });
+}
+
+/// Until every block of a group has come here; what they wrote before is seen behind it. A group's blocks run
+/// at the same time: there are no more than multiprocessors, and the next kernel's begin when all of these
+/// have. The counter only grows, by `blocks` each time.
+__device__ void meet(uint32_t* counter, int blocks) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint32_t seen;
+    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(seen) : "l"(counter) : "memory");
+    const auto all = static_cast<uint32_t>(blocks), wanted = (seen / all + 1) * all;
+    do {
+      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+    } while (static_cast<int32_t>(seen - wanted) < 0);
+  }
+  __syncthreads();
+}
+
+/// The blocks' sums (group, tile.columns) to this block's outputs: sum, bias and y before, in this order.
+__device__ void finish(const Args& a, const Tile& tile, int rank, const float* joined) {
+  const int length = (tile.half + a.group - 1) / a.group, first = rank * length;
+  const auto output_of = [&](int column) {
+    float sum = __ldcg(joined + column);
+#pragma unroll 4
+    for (int r = 1; r < a.group; ++r) sum = __fadd_rn(sum, __ldcg(joined + r * tile.columns + column));
+    const Place place = place_of(a, tile, column);
+    const Part& part = a.part[place.part];
+    if (place.output >= part.out) return 0.0f;
+    if (part.bias) sum = __fadd_rn(sum, __ldg(part.bias + place.output));
+    if (part.accumulate) sum = __fadd_rn(sum, __ldcg(part.y + place.output));
+    part.y[place.output] = sum;
+    return sum;
+  };
+#pragma unroll 1
+  for (int p = first + static_cast<int>(threadIdx.x); p < min(first + length, tile.half); p += kThreads) {
+    const float value = output_of(p);
+    if (!a.paired) continue;
+    const float second = output_of(tile.half + p);
+    const int output = tile.first * a.granule + p;
+    if (output < a.part[0].out) a.glu.mid[output] = gated(value, second, a.glu.activation);
+  }
+}
+
+/// First channels of a row that is read whole: weights do not depend on what runs before.
+__device__ void prefetch_channels(const Args& a, const Tile& tile, int rank) {
+  constexpr int kSector = 64;
+  const int lane = lane_of(a.format);
+  const Share share = share_of(a, tile, lane, rank);
+  const Place place = place_of(a, tile, share.column);
+  const Lines& lines = a.part[place.part].lines;
+  const int64_t offset = place.output / lane * int64_t{16};
+  if (place.output >= lines.padded || !share.counts || (offset % kSector != 0 && share.column != 0)) return;
+#pragma unroll 1
+  for (int u = 0, e = share.first; u < kEarly && e < a.in.cols; ++u, e += share.step)
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(lines.data + e * lines.line + offset));
+}
+
+__host__ __device__ inline int widest_tile(const Args& a) {
+  return (a.granules + a.tiles - 1) / a.tiles * a.granule * (a.paired ? 2 : 1);
+}
+/// Bytes of what the skips add to the widest tile.
+__host__ __device__ inline int skipped_bytes(const Args& a) {
+  return a.skips > 0 ? padded_bytes(widest_tile(a), 4) : 0;
+}
+
+template <int kRegisters>
+__global__ void __launch_bounds__(kThreads) __maxnreg__(kRegisters)
+    gemv_kernel(const __grid_constant__ Args a) {
+  const int block = static_cast<int>(blockIdx.x), rank = block % a.group, group = block / a.group;
+  const int groups = static_cast<int>(gridDim.x) / a.group;
+  float* const skipped = floats_at(0);
+  const RowMemory memory = row_memory(a.in, skipped_bytes(a));
+  fetch_weights<kThreads>(a.in, memory);
+  bool waited = false;
+  const auto wait = [&] {
+    if (!waited) wait_for_inputs();
+    waited = true;
+  };
+#pragma unroll 1
+  for (int t = group; t < a.tiles; t += groups) {
+    const Tile tile = tile_at(a, t);
+    if (a.skips > 0)
+      for (int j = static_cast<int>(threadIdx.x); j < tile.columns; j += kThreads) skipped[j] = 0;
+    if (!waited && a.in.select == Selects::all && a.in.source != Source::list && a.skips == 0)
+      prefetch_channels(a, tile, rank);
+    if (a.skips > 0 && !a.early) wait();
+#pragma unroll 1
+    for (int i = 0; i < a.skips; ++i) add_skip(a, tile, rank, a.skip[i], memory.row, skipped);
+    wait();
+    // Sums take the row's place, so that every further tile makes it again.
+    const Channels channels = prepare_row<kThreads>(a.in, memory);
+    // Two places in turn: a block may be in the next tile while another still reads of this one.
+    float* const joined = a.scratch.partial + (group * 2 + t / groups % 2) * a.group * widest_tile(a);
+    add_product(a, tile, rank, channels, a.in.list, nullptr, memory.row, [&](int column, float sum) {
+      if (a.skips > 0) sum = __fadd_rn(skipped[column], sum);
+      __stcg(joined + rank * tile.columns + column, sum);
+    });
+    meet(a.scratch.meetings + group, a.group);
+    finish(a, tile, rank, joined);
+  }
+}
+
 Format format_of(const Weight& w) {
-  const bool base = reinterpret_cast<uintptr_t>(w.data) % 16 == 0;
-  if (w.dtype == DType::int8) return {kWarp * Bytes::kLane, padded_line(w.out), base};
-  if (w.dtype == DType::int4) return {kWarp * Nibbles::kLane, padded_line(w.out), base};
-  const int64_t size = dtype_size(w.dtype);
-  return {static_cast<int>(kWarp * 16 / size), w.out, base && w.out * size % 16 == 0};
+  if (w.dtype == DType::int8) return Format::int8;
+  if (w.dtype == DType::int4) return Format::int4;
+  const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.out * dtype_size(w.dtype) % 16 == 0;
+  if (w.dtype == DType::f32) return aligned ? Format::f32 : Format::loose_f32;
+  if (w.dtype == DType::f16) return aligned ? Format::f16 : Format::loose_f16;
+  return aligned ? Format::bf16 : Format::loose_bf16;
+}
+bool aligned(Format f) {
+  return f < Format::loose_f32;
+}
+Lines lines_of(const Weight& w) {
+  return {static_cast<const char*>(w.data), w.line_bytes(),
+          static_cast<int>(quantised(w.dtype) ? padded_line(w.out) : w.out), format_of(w)};
 }
 
-int64_t shared_bytes(const Input& in, int tile) {
-  if (in.source == Source::list) return sums_bytes(tile);
-  return std::max(sums_bytes(tile), key_bytes(in)) + in.cols * 6;
+int64_t sums_bytes(Format f) {
+  return int64_t{kThreads} * lane_of(f) * 4;
 }
+constexpr int kMostColumns = 4096;  // of a tile
 
-template <class Type>
-void launch(const Stream& s, const Args& a) {
-  const int blocks = std::max(s.multiprocessors, (a.tiles + kWarps - 1) / kWarps);
-  launch_kernel(s, gemv_kernel<Type>, blocks, kThreads, shared_bytes(a.in, kWarp * Type::kLane), a);
+/// How the outputs are shared out: evenly to groups of blocks, in as many rounds as it takes for every thread
+/// to have a vector.
+void share_out(const Stream& s, Args& a) {
+  a.group = std::min(kGroup, s.multiprocessors);
+  const int groups = s.multiprocessors / a.group;
+  for (a.tiles = std::min(groups, a.granules);; a.tiles += groups) {
+    const int widest = widest_tile(a);
+    if (a.tiles >= a.granules || (widest <= kThreads * a.group * lane_of(a.format) && widest <= kMostColumns))
+      return;
+  }
 }
 
 }  // namespace
 
 bool gemv_together(const Weight& a, const Weight& b) {
-  return a.layout == Layout::channels && b.layout == Layout::channels && a.dtype == b.dtype &&
-         format_of(a).aligned == format_of(b).aligned;
+  return a.layout == Layout::channels && b.layout == Layout::channels && format_of(a) == format_of(b);
+}
+
+bool gemv_skips(const Weight& w, const Weight& skip) {
+  constexpr int64_t kLongest = 16384;
+  return w.layout == Layout::channels && skip.layout == Layout::channels && w.out == skip.out &&
+         aligned(format_of(w)) && aligned(format_of(skip)) && skip.in <= kLongest;
 }
 
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w) {
   constexpr int64_t kLongest = 65536;  // a listed channel is 16 bits
-  const Format f = format_of(w);
-  return f.aligned && in.cols <= kLongest && shared_bytes(in, f.tile) <= s.shared_bytes;
+  return in.cols <= kLongest && kMostColumns * 4 + row_memory(in, 0).row +
+                                        std::max<int64_t>(sums_bytes(format_of(w)), row_bytes(in)) <=
+                                    s.shared_bytes;
 }
 
-void gemv(const Stream& s, const Input& in, std::span<const Product> products, const Scratch& scratch) {
-  CHECK(!products.empty() && products.size() <= kMostProducts);
+void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
+          const Glu& glu, const Scratch& scratch, Turn turn) {
+  CHECK(!products.empty() && products.size() <= kMostProducts && skips.size() <= kMostSkips);
   Args a{};
   a.in = in;
+  a.glu = glu;
   a.scratch = scratch;
+  a.format = format_of(products[0].weight);
+  a.granule = granule_of(a.format);
+  a.paired = glu.mid != nullptr;
+  a.early = true;
+  bool wide = a.format == Format::int4;
+  int64_t shared = std::max<int64_t>(sums_bytes(a.format), row_bytes(in));
+  for (const Skip& skip : skips) {
+    const SkipArgs& args =
+        a.skip[a.skips++] = {skip.x, lines_of(skip.weight), static_cast<int>(skip.weight.in)};
+    a.granule = std::max(a.granule, granule_of(args.lines.format));
+    a.early = a.early && skip.early;
+    wide = wide || args.lines.format == Format::int4;
+    shared = std::max({shared, sums_bytes(args.lines.format), skip.weight.in * 4});
+  }
   for (const Product& p : products) {
-    const Format f = format_of(p.weight);
-    a.part[a.parts++] = {
-        static_cast<const char*>(p.weight.data), p.weight.bias, p.y.data,    p.weight.line_bytes(), f.padded,
-        static_cast<int>(p.weight.out),          a.tiles,       p.accumulate};
-    a.tiles += static_cast<int>((f.padded + f.tile - 1) / f.tile);
+    a.part[a.parts++] = {lines_of(p.weight), p.weight.bias, p.y.data, static_cast<int>(p.weight.out),
+                         a.granules,         p.accumulate};
+    a.granules += (a.part[a.parts - 1].lines.padded + a.granule - 1) / a.granule;
   }
-  CHECK(a.tiles + std::max(s.multiprocessors, a.tiles / kWarps + 1) <= kTickets);
-  const Weight& w = products[0].weight;
-  if (!format_of(w).aligned) {
-    CHECK(!quantised(w.dtype));  // their memory is always aligned
-    if (w.dtype == DType::f32) return launch<Unaligned<float>>(s, a);
-    if (w.dtype == DType::f16) return launch<Unaligned<__half>>(s, a);
-    return launch<Unaligned<__nv_bfloat16>>(s, a);
-  }
-  switch (w.dtype) {
-    case DType::f32:
-      return launch<Plain<float>>(s, a);
-    case DType::f16:
-      return launch<Plain<__half>>(s, a);
-    case DType::bf16:
-      return launch<Plain<__nv_bfloat16>>(s, a);
-    case DType::int8:
-      return launch<Bytes>(s, a);
-    case DType::int4:
-      return launch<Nibbles>(s, a);
-    default:
-      CHECK(false);
-  }
+  if (a.paired) a.granules /= 2;
+  share_out(s, a);
+  shared += row_memory(in, skipped_bytes(a)).row;
+  const int groups = std::min(a.tiles, s.multiprocessors / a.group);
+  CHECK(int64_t{2} * groups * a.group * widest_tile(a) <= kPartialFloats && groups <= kTickets);
+  auto* kernel = turn == Turn::odd ? gemv_kernel<kOddRegisters> : gemv_kernel<kEvenRegisters>;
+  if (turn == Turn::odd) shared = std::max(shared, std::min<int64_t>(kOddShared, s.shared_bytes));
+  if (wide) kernel = gemv_kernel<128>;
+  launch_kernel(s, kernel, groups * a.group, kThreads, shared, a);
 }
 
 }  // namespace larosa::cuda

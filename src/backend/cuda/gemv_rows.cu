@@ -4,7 +4,7 @@
 
 #include "backend/cuda/gemv_types.cuh"
 #include "backend/cuda/launch.h"
-#include "backend/cuda/select.cuh"
+#include "backend/cuda/row.cuh"
 #include "base/error.h"
 
 namespace larosa::cuda {
@@ -24,29 +24,6 @@ struct Args {
   List outputs;  // listed: which outputs are wanted
 };
 
-/// The row, normalised where the input says so, in shared memory; sums in RegisterRow's order.
-__device__ void make_row(const Input& in, float* row, float* reduced) {
-  const int steps = (in.cols + kThreads - 1) / kThreads, first = warp() * steps * kWarp + lane();
-  float sum = 0;
-  for (int i = 0; i < steps; ++i) {
-    const int e = first + i * kWarp;
-    if (e >= in.cols) continue;
-    row[e] = __ldcg(in.x + e);
-    sum = fmaf(row[e], row[e], sum);
-  }
-  if (in.source == Source::norm) {
-    sum = block_reduce<kThreads>(sum, reduced, Add());
-    const float factor = norm_factor(sum, in.cols, in.eps);
-    for (int i = 0; i < steps; ++i) {
-      const int e = first + i * kWarp;
-      if (e >= in.cols) continue;
-      row[e] = norm_entry(row[e], factor, in.gain, e);
-      if (in.values && blockIdx.x == 0) in.values[e] = row[e];
-    }
-  }
-  __syncthreads();
-}
-
 template <class T>
 __device__ float dot_vector(const uint4& v, const float* x) {
   float sum = 0;
@@ -61,10 +38,8 @@ __device__ float dot_vector(const uint4& v, const float* x) {
 template <class T, bool kListed>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) float row[];
-  __shared__ float reduced[kWarps];
-  let_next_start();
   wait_for_inputs();
-  make_row(a.in, row, reduced);
+  make_row<kThreads>(a.in, a.in.gain, row);
   constexpr int kVector = Plain<T>::kLane;
   const int64_t line = static_cast<int64_t>(a.in.cols) * static_cast<int64_t>(sizeof(T));
   const int vectors = a.aligned ? a.in.cols / kVector : 0;

@@ -15,21 +15,18 @@ __device__ float& at(const Mat& m, int64_t i) {
 }
 
 __global__ void __launch_bounds__(kThreads) glu_kernel(Mat gate, Mat up, Activation activation, Mat mid) {
-  let_next_start();
   wait_for_inputs();
   const int64_t i = column();
   if (i < gate.cols) at(mid, i) = gated(at(gate, i), at(up, i), activation);
 }
 
 __global__ void __launch_bounds__(kThreads) activate_kernel(Mat z, Activation activation, Mat y) {
-  let_next_start();
   wait_for_inputs();
   const int64_t i = column();
   if (i < z.cols) at(y, i) = activated(at(z, i), activation);
 }
 
 __global__ void __launch_bounds__(kThreads) mask_kernel(Mat kept, bool inverted, Mat x, Mat y) {
-  let_next_start();
   wait_for_inputs();
   const int64_t i = column();
   if (i < x.cols) at(y, i) = (at(kept, i) == 0) != inverted ? at(x, i) : 0.0f;

@@ -27,7 +27,7 @@ inline constexpr int kStaticShared = 10240;
 void check(cudaError_t error, const char* what);
 
 /// What a product's row is made of, before anything is selected.
-enum class Source { row, norm, glu, list };
+enum class Source { row, norm, list };
 /// Which of its entries count.
 enum class Selects { all, topk, threshold };
 
@@ -44,30 +44,51 @@ struct Input {
   Selects select = Selects::all;
   int cols = 0, keep = 0;
   float cut = 0, eps = 0;
-  Activation activation;         // glu
-  const float* x = nullptr;      // row; the normalised stream's source; the gate
-  const float* up = nullptr;     // glu
+  const float* x = nullptr;      // the row, or what is normalised to it
   const float* gain = nullptr;   // norm, or null
   const float* scale = nullptr;  // score weights, or null
-  float* values = nullptr;       // where norm and glu put the row; or null
+  float* values = nullptr;       // where norm puts the row; or null
+  int32_t* guess = nullptr;      // the cut of the last time, left for the next; or null
   List list;                     // source list: read. Otherwise where the list goes, or null
 };
 
-/// Partial sums and tickets of products that several blocks share.
+/// A second row, all of it times weights of its own, whose product is added to the first output.
+/// early: the launch before this one has not written it, so it may be read while that one is still running.
+struct Skip {
+  const float* x = nullptr;
+  Weight weight;
+  bool early = false;
+};
+inline constexpr int kMostSkips = 2;
+
+/// mid = a(gate) · up, of the two outputs of a product.
+struct Glu {
+  Activation activation;
+  float* mid = nullptr;  // or null: nothing
+};
+
+/// Where blocks that share an output leave their sums and find each other.
 struct Scratch {
-  float* partial = nullptr;    // kPartialFloats
-  uint32_t* ticket = nullptr;  // kTickets, zero between launches
+  float* partial = nullptr;      // kPartialFloats
+  uint32_t* ticket = nullptr;    // kTickets, zero between launches
+  uint32_t* meetings = nullptr;  // kTickets, zero at first
 };
 inline constexpr int64_t kPartialFloats = int64_t{4096} * 1024;
 inline constexpr int64_t kTickets = 4096;
 
 /// Longest row that gemv can make itself; longer ones, and unaligned weights, need a list.
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w);
+/// A launch of the other turn starts beside this one, one of the same turn behind it.
+enum class Turn { even, odd };
 /// True when both can be products of one launch.
 bool gemv_together(const Weight& a, const Weight& b);
-/// y (1, out) of every product; channels layout, types as gemv_together says, at most kMostProducts.
+/// True when gemv can add x times `skip` to the product with w.
+bool gemv_skips(const Weight& w, const Weight& skip);
+/// y (1, out) of every product; channels layout, types as gemv_together says, at most kMostProducts. Skips:
+/// of one product, as gemv_skips says. glu: of two products of equal shape.
 inline constexpr int kMostProducts = 4;
-void gemv(const Stream& s, const Input& in, std::span<const Product> products, const Scratch& scratch);
+void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
+          const Glu& glu, const Scratch& scratch, Turn turn);
 /// The same for one weight in rows layout.
 void gemv_rows(const Stream& s, const Input& in, const Product& product);
 /// Of it the outputs that the list has and whose value is not zero; the others become zero.

@@ -30,4 +30,7 @@ class Buffer {
 /// cudaMalloc; throws Error with what was asked for and what is free.
 void* allocate_device(int64_t bytes);
 
+/// GB/s of copies within the device, bytes read and written; median of seven.
+double copy_bandwidth(cudaStream_t stream, int64_t bytes);
+
 }  // namespace larosa::cuda

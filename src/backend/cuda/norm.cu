@@ -1,6 +1,6 @@
 // RMSNorm, a block per row; sums in the order of a product that normalises its own input.
 #include "backend/cuda/launch.h"
-#include "backend/cuda/select.cuh"
+#include "backend/cuda/row.cuh"
 
 namespace larosa::cuda {
 namespace {
@@ -9,21 +9,15 @@ constexpr int kThreads = 512;
 
 __global__ void __launch_bounds__(kThreads) norm_kernel(Mat x, const float* gain, float eps, Mat y) {
   __shared__ float reduced[kThreads / kWarp];
-  let_next_start();
   wait_for_inputs();
   const int cols = static_cast<int>(x.cols);
-  const int steps = (cols + kThreads - 1) / kThreads, first = warp() * steps * kWarp + lane();
   const float* from = x.data + blockIdx.x * x.stride;
   float* to = y.data + blockIdx.x * y.stride;
-  float sum = 0;
-  for (int i = 0; i < steps; ++i) {
-    const int e = first + i * kWarp;
-    if (e < cols) sum = fmaf(from[e], from[e], sum);
-  }
-  sum = block_reduce<kThreads>(sum, reduced, Add());
+  const float sum = square_sum<kThreads>([&](int e) { return from[e]; }, cols, reduced);
   const float factor = norm_factor(sum, cols, eps);
-  for (int i = 0; i < steps; ++i) {
-    const int e = first + i * kWarp;
+  const Run<kThreads> run(cols);
+  for (int i = 0; i < run.steps; ++i) {
+    const int e = run.entry(i);
     if (e < cols) to[e] = norm_entry(from[e], factor, gain, e);
   }
 }

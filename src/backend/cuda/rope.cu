@@ -10,7 +10,6 @@ constexpr int kThreads = 128;
 /// The float32 product, as the models were trained with; cosine and sine of that, rounded once.
 __global__ void __launch_bounds__(kThreads)
     angles_kernel(int64_t pos, int half, const float* inv_freq, Angles to) {
-  let_next_start();
   wait_for_inputs();
   for (int i = static_cast<int>(threadIdx.x); i < half; i += kThreads) {
     const double angle = __fmul_rn(static_cast<float>(pos + blockIdx.x), inv_freq[i]);
@@ -22,7 +21,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) rope_kernel(Mat q, Mat k, int half, Angles at) {
-  let_next_start();
   wait_for_inputs();
   const int64_t t = blockIdx.x;
   const Mat m = blockIdx.y == 0 ? q : k;

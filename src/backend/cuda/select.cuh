@@ -1,9 +1,9 @@
-// Selection inside one block: the row that a product reads, which of its entries count, and their list in the
-// order of the index. Every product's blocks do this for themselves: it costs each about 2 µs, a launch of
-// its own costs as much and the launch on top.
+// Selection inside one block: which entries of a row count, and their list in the order of the index. Every
+// product's blocks do this for themselves: it costs each 1 to 2 µs, a launch of its own costs as much and the
+// launch on top.
 //
-// The cut is found digit by digit (11, 10, 10 bits) of the score's bits, which order non-negative floats, in
-// a histogram of integers: exact, and the same bits whatever the order of the additions.
+// The cut is found by counting the keys above two guesses at once and interpolating: about five passes of two
+// compares an entry, with one barrier each, and the last pass has also counted what each warp will list.
 #pragma once
 
 #include "backend/cuda/device.cuh"
@@ -11,131 +11,191 @@
 
 namespace larosa::cuda {
 
-inline constexpr int kBins = 2048;
-inline constexpr uint32_t kNanKey = 0x7fffffffu;
+/// Keys order like scores and are not negative; entries that are not there have kNoKey.
+inline constexpr int kNanKey = 0x7fffffff, kNoKey = -1;
+
+/// The score |x|·scale as ordered bits; a NaN is the largest.
+__device__ inline int score_key(float x, const float* scale, int i) {
+  float s = fabsf(x);
+  if (scale) s = __fmul_rn(s, scale[i]);
+  return isnan(s) ? kNanKey : __float_as_int(s);
+}
 
 /// Entries with a key above `key` are kept, and the first `ties` of those that have it.
 struct Cut {
-  uint32_t key;
-  int ties;
+  int key = 0, ties = 0;
+  const int2* warps = nullptr;  // what each warp has above `key`, or null: not counted
+  bool second = false;          // …in .y
 };
+inline constexpr int kAllTies = 1 << 30;
 
 template <int kThreads>
 struct SelectScratch {
   static constexpr int kWarps = kThreads / kWarp;
-  uint32_t bins[kBins];
+  static_assert(kWarps <= kWarp);
+  int2 above[2][kWarps];  // of this pass and the one before
   int warp_sum[kWarps], warp_ties[kWarps];
   float reduced[kWarps];
-  int bin, above, inside;
 };
 
-/// Sum over the warps before `end`, this one unless said otherwise.
+/// The block's own, in shared memory.
 template <int kThreads>
-__device__ int before_warp(const int* sums, int end = warp()) {
-  static_assert(kThreads / kWarp <= kWarp);
-  return warp_reduce(lane() < end ? sums[lane()] : 0, Add());
+__device__ SelectScratch<kThreads>& select_scratch() {
+  __shared__ SelectScratch<kThreads> scratch;
+  return scratch;
 }
 
-/// The score |x|·scale as ordered bits; a NaN is the largest.
-__device__ inline uint32_t score_key(float x, const float* scale, int i) {
-  float s = fabsf(x);
-  if (scale) s = __fmul_rn(s, scale[i]);
-  return isnan(s) ? kNanKey : __float_as_uint(s);
-}
-
-/// The digit's bin in which the keep-th largest key lies: s.bin, keys above it (s.above), keys in it
-/// (s.inside). Clears the bins.
+/// Sum of the warps' values before warp `end`.
 template <int kThreads>
-__device__ void find_bin(int keep, SelectScratch<kThreads>& s) {
-  constexpr int kEach = kBins / kThreads;
-  const int first = kBins - kEach * (static_cast<int>(threadIdx.x) + 1);  // thread 0 has the largest
-  int own[kEach], sum = 0;
-#pragma unroll
-  for (int b = 0; b < kEach; ++b) {
-    own[b] = static_cast<int>(s.bins[first + b]);
-    s.bins[first + b] = 0;
-    sum += own[b];
-  }
-  int upto = sum;  // of this warp's threads up to this one
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int before = __shfl_up_sync(~0u, upto, step);
-    if (lane() >= step) upto += before;
-  }
-  if (lane() == kWarp - 1) s.warp_sum[warp()] = upto;
-  __syncthreads();
-  int above = upto - sum + before_warp<kThreads>(s.warp_sum);
-  if (above < keep && keep <= above + sum) {
-#pragma unroll
-    for (int b = kEach - 1; b >= 0; --b) {
-      if (above < keep && keep <= above + own[b]) {
-        s.bin = first + b;
-        s.above = above;
-        s.inside = own[b];
-      }
-      above += own[b];
-    }
-  }
-  __syncthreads();
+__device__ int before_warp(const int* sums, int end) {
+  return __reduce_add_sync(~0u, lane() < end ? sums[lane()] : 0);
 }
 
-/// The cut that keeps exactly `keep` ≥ 1 of the row's entries. s.bins are zero before and after.
+/// Entries of the row with keys above low and above high.
 template <int kThreads, class Row>
-__device__ Cut find_cut(const Row& row, int keep, SelectScratch<kThreads>& s) {
-  constexpr int kShift[] = {20, 10, 0}, kMask[] = {0x7ff, 0x3ff, 0x3ff};
-  uint32_t prefix = 0;
-#pragma unroll
-  for (int digit = 0; digit < 3; ++digit) {
-    const int above_shift = digit == 0 ? 31 : kShift[digit - 1];
-    row.each([&](int, bool valid, float, uint32_t key) {
-      if (valid && key >> above_shift == prefix)
-        atomicAdd(&s.bins[(key >> kShift[digit]) & kMask[digit]], 1u);
-    });
-    __syncthreads();
-    find_bin(keep, s);
-    prefix = digit == 0 ? s.bin : prefix << 10 | static_cast<uint32_t>(s.bin);
-    keep -= s.above;
-    if (keep == s.inside) {  // the whole bin: no need to look into it
-      if (prefix == 0) return {0, 1 << 30};
-      return {(prefix << kShift[digit]) - 1, 0};
-    }
-  }
-  return {prefix, keep};
+__device__ int2 count_above(const Row& row, int low, int high, int2* warps) {
+  constexpr int kWarps = kThreads / kWarp;
+  int x = 0, y = 0;
+  row.each([&](int, int key) {
+    x += key > low;
+    y += key > high;
+  });
+  x = __reduce_add_sync(~0u, x);
+  y = __reduce_add_sync(~0u, y);
+  if (lane() == 0) warps[warp()] = {x, y};
+  __syncthreads();
+  const int2 of_warp = lane() < kWarps ? warps[lane()] : int2{0, 0};
+  return {__reduce_add_sync(~0u, of_warp.x), __reduce_add_sync(~0u, of_warp.y)};
 }
 
-/// Hands the kept entries to take(place, index, value), in the order of the index, zeros left out; returns
+/// Two cuts to try next, strictly inside the bracket.
+struct Guesses {
+  int low, high;
+};
+
+/// The cut that keeps exactly `keep` of the row's entries, 0 < keep < cols. guess: a key near it, or 0; it
+/// decides how many passes are made, not what is found.
+template <int kThreads, class Row>
+__device__ Cut find_cut(const Row& row, int keep, int guess) {
+  auto& s = select_scratch<kThreads>();
+  constexpr int kPatience = 8;        // passes before the bracket is cut in three whatever it holds
+  constexpr float kOctave = 8388608;  // keys from one power of two to the next
+  // More than keep entries lie above low, fewer above high; `known`: it was counted.
+  int low = kNoKey, high = kNanKey, above_low = row.cols, above_high = 0;
+  bool low_known = false, high_known = false;
+  float step = guess > 0 ? kOctave / 32 : kOctave / 2;
+  const float start = guess > 0 ? static_cast<float>(guess) : static_cast<float>(0x3f000000);
+  float try_low = start - step, try_high = start + step;  // rounded to 128 keys or less: they are guesses
+#pragma unroll 1
+  for (int pass = 0;; ++pass) {
+    const unsigned width = static_cast<unsigned>(high) - static_cast<unsigned>(low);
+    const auto inside = [&](float at) {
+      const float offset = fminf(fmaxf(at, 0.0f), 2147483520.0f);
+      return static_cast<unsigned>(offset);
+    };
+    unsigned a, b;  // offsets from low
+    if (low_known && high_known) {
+      const int held = above_low - above_high;
+      const float share = static_cast<float>(above_low - keep) / static_cast<float>(held);
+      const float keys = static_cast<float>(width);
+      const float spread = fmaxf(0.35f, 0.6f * sqrtf(static_cast<float>(held) * share * (1 - share)));
+      const bool thirds = held <= 3 || pass >= kPatience;
+      a = thirds ? width / 3 : inside(keys * (share - spread / static_cast<float>(held)));
+      b = thirds ? width - width / 3 : inside(keys * (share + spread / static_cast<float>(held)));
+    } else {
+      a = inside(try_low - static_cast<float>(low));
+      b = inside(try_high - static_cast<float>(low));
+      if (pass >= kPatience) {
+        a = width / 3;
+        b = width - width / 3;
+      }
+    }
+    a = min(max(a, 1u), width - 1);
+    b = min(max(b, a), width - 1);
+    const int first = static_cast<int>(static_cast<unsigned>(low) + a);
+    const int second = static_cast<int>(static_cast<unsigned>(low) + b);
+    int2* const warps = s.above[pass % 2];
+    const int2 n = count_above<kThreads>(row, first, second, warps);
+    if (n.x == keep) return {first, 0, warps, false};
+    if (n.y == keep) return {second, 0, warps, true};
+    if (n.x < keep) {
+      high = first, above_high = n.x, high_known = true;
+    } else if (n.y > keep) {
+      low = second, above_low = n.y, low_known = true;
+    } else {
+      low = first, above_low = n.x, low_known = true;
+      high = second, above_high = n.y, high_known = true;
+    }
+    if (static_cast<unsigned>(high) - static_cast<unsigned>(low) == 1) return {high, keep - above_high};
+    if (low_known == high_known) continue;
+    // A third of a normal row's entries lie in the octave around its median.
+    step *= 4;
+    const float slope = kOctave / (0.3f * static_cast<float>(row.cols));
+    const float at = low_known ? static_cast<float>(low) + static_cast<float>(above_low - keep) * slope
+                               : static_cast<float>(high) - static_cast<float>(keep - above_high) * slope;
+    try_low = at - (low_known ? step / 4 : step);
+    try_high = at + (low_known ? step : step / 4);
+  }
+}
+
+/// What a rule keeps of a row.
+template <int kThreads, class Row>
+__device__ Cut cut_of(const Row& row, const Input& in, int guess) {
+  if (in.select == Selects::all || (in.select == Selects::topk && in.keep == in.cols)) return {0, kAllTies};
+  if (in.select == Selects::threshold) {  // keys are the bits of non-negative floats: so is the cut
+    if (in.cut < 0) return {0, kAllTies};
+    return {in.cut == 0 ? 0 : __float_as_int(in.cut), 0};
+  }
+  if (in.keep == 0) return {kNanKey, 0};
+  return find_cut<kThreads>(row, in.keep, guess);
+}
+
+/// Hands the kept entries to take(place, index), in the order of the index, zeros left out; returns
 /// (entries, kept). Each warp has one run of the row.
 template <int kThreads, class Row, class Take>
-__device__ int2 compact(const Row& row, Cut cut, SelectScratch<kThreads>& s, const Take& take) {
-  const auto present = [](float value) { return __float_as_uint(value) != 0; };
-  const bool ranked = cut.ties > 0 && cut.ties < 1 << 30;
+__device__ int2 compact(const Row& row, const Cut& cut, const Take& take) {
+  constexpr int kWarps = kThreads / kWarp;
+  auto& s = select_scratch<kThreads>();
+  const uint32_t below = (1u << lane()) - 1;
+  if (cut.warps) {  // a key above another is not zero, nor is its entry
+    const int own = lane() < kWarps ? (cut.second ? cut.warps[lane()].y : cut.warps[lane()].x) : 0;
+    int place = __reduce_add_sync(~0u, lane() < warp() ? own : 0);
+    row.each([&](int i, int key) {
+      const bool kept = key > cut.key;
+      const uint32_t mask = __ballot_sync(~0u, kept);
+      if (kept) take(place + __popc(mask & below), i);
+      place += __popc(mask);
+    });
+    const int total = __reduce_add_sync(~0u, own);
+    return {total, total};
+  }
+  const bool ranked = cut.ties > 0 && cut.ties < kAllTies;
   int ties_before = 0;
   if (ranked) {
     int ties = 0;
-    row.each([&](int, bool valid, float, uint32_t key) {
-      ties += __popc(__ballot_sync(~0u, valid && key == cut.key));
-    });
+    row.each([&](int, int key) { ties += __popc(__ballot_sync(~0u, key == cut.key)); });
     if (lane() == 0) s.warp_ties[warp()] = ties;
     __syncthreads();
-    ties_before = before_warp<kThreads>(s.warp_ties);
+    ties_before = before_warp<kThreads>(s.warp_ties, warp());
   }
   const auto each_kept = [&](const auto& body) {
     int ties = ties_before;
-    row.each([&](int i, bool valid, float value, uint32_t key) {
-      bool kept = valid && (key > cut.key || (key == cut.key && cut.ties > 0));
+    row.each([&](int i, int key) {
+      bool kept = key > cut.key || (key == cut.key && cut.ties > 0);
       if (ranked) {
-        const bool tie = valid && key == cut.key;
+        const bool tie = key == cut.key;
         const uint32_t mask = __ballot_sync(~0u, tie);
-        if (tie) kept = ties + __popc(mask & ((1u << lane()) - 1)) < cut.ties;
+        if (tie) kept = ties + __popc(mask & below) < cut.ties;
         ties += __popc(mask);
       }
-      body(i, kept, value);
+      const bool present = kept && __float_as_uint(row.value(i)) != 0;
+      body(i, kept, __ballot_sync(~0u, present), present);
     });
   };
   int count = 0, kept_count = 0;
-  each_kept([&](int, bool kept, float value) {
+  each_kept([&](int, bool kept, uint32_t mask, bool) {
     kept_count += __popc(__ballot_sync(~0u, kept));
-    count += __popc(__ballot_sync(~0u, kept && present(value)));
+    count += __popc(mask);
   });
   __syncthreads();
   if (lane() == 0) {
@@ -143,76 +203,57 @@ __device__ int2 compact(const Row& row, Cut cut, SelectScratch<kThreads>& s, con
     s.warp_ties[warp()] = kept_count;
   }
   __syncthreads();
-  int place = before_warp<kThreads>(s.warp_sum);
-  each_kept([&](int i, bool kept, float value) {
-    const bool listed = kept && present(value);
-    const uint32_t mask = __ballot_sync(~0u, listed);
-    if (listed) take(place + __popc(mask & ((1u << lane()) - 1)), i, value);
+  int place = before_warp<kThreads>(s.warp_sum, warp());
+  each_kept([&](int i, bool, uint32_t mask, bool present) {
+    if (present) take(place + __popc(mask & below), i);
     place += __popc(mask);
   });
-  return {before_warp<kThreads>(s.warp_sum, kThreads / kWarp),
-          before_warp<kThreads>(s.warp_ties, kThreads / kWarp)};
+  return {before_warp<kThreads>(s.warp_sum, kWarps), before_warp<kThreads>(s.warp_ties, kWarps)};
 }
 
-/// What a rule keeps of a row.
-template <int kThreads, class Row>
-__device__ Cut cut_of(const Row& row, const Input& in, SelectScratch<kThreads>& s) {
-  if (in.select == Selects::all || (in.select == Selects::topk && in.keep == in.cols)) return {0, 1 << 30};
-  if (in.select == Selects::threshold) {  // keys are the bits of non-negative floats: so is the cut
-    if (in.cut < 0) return {0, 1 << 30};
-    return {in.cut == 0 ? 0u : __float_as_uint(in.cut), 0};
-  }
-  if (in.keep == 0) return {kNanKey, 0};
-#pragma unroll 1
-  for (int b = static_cast<int>(threadIdx.x); b < kBins; b += kThreads) s.bins[b] = 0;
-  __syncthreads();
-  return find_cut(row, in.keep, s);
-}
+/// Entries of a thread: every warp has one run, of whole steps of 32.
+template <int kThreads>
+struct Run {
+  int steps, first;
 
-__device__ inline float norm_factor(float sum, int cols, float eps) {
-  return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, static_cast<float>(cols)), eps)));
-}
-__device__ inline float norm_entry(float x, float factor, const float* gain, int e) {
-  const float y = __fmul_rn(x, factor);
-  return gain ? __fmul_rn(y, __ldg(gain + e)) : y;
-}
+  __device__ explicit Run(int cols)
+      : steps((cols + kThreads - 1) / kThreads), first(warp() * steps * kWarp + lane()) {}
+  __device__ int entry(int step) const { return first + step * kWarp; }
+};
 
-/// A row in memory, shared or global, of any length. Rolled loops: what runs once per launch is bound by
-/// fetching its instructions (unrolled in registers, this file was 50 to 170 KB of code and cost 15 to 50 µs
-/// a launch).
+/// A row in memory, shared or global, of any length; its keys are made anew in every pass.
 template <int kThreads>
 struct MemoryRow {
   const float* x;
   const float* scale;
   int cols;
 
+  __device__ float value(int i) const { return x[i]; }
   template <class Body>
   __device__ void each(const Body& body) const {
-    const int steps = (cols + kThreads - 1) / kThreads, first = warp() * steps * kWarp + lane();
-#pragma unroll 2
-    for (int i = 0; i < steps; ++i) {
-      const int e = first + i * kWarp;
-      const float value = e < cols ? x[e] : 0;
-      body(e, e < cols, value, e < cols ? score_key(value, scale, e) : 0);
+    const Run<kThreads> run(cols);
+#pragma unroll 4
+    for (int i = 0; i < run.steps; ++i) {
+      const int e = run.entry(i);
+      body(e, e < cols ? score_key(x[e], scale, e) : kNoKey);
     }
   }
 };
 
-/// A row in shared memory with its keys beside it: a pass over it is a load and a compare.
-template <int kThreads>
+/// A row in shared memory with its keys in registers: a pass over it is compares alone.
+template <int kThreads, int kSteps>
 struct KeyedRow {
-  const float* values;
-  const uint32_t* keys;
+  const float* x;
   int cols;
+  int key[kSteps];
 
+  __device__ float value(int i) const { return x[i]; }
   template <class Body>
   __device__ void each(const Body& body) const {
-    const int steps = (cols + kThreads - 1) / kThreads, first = warp() * steps * kWarp + lane();
-#pragma unroll 4
-    for (int i = 0; i < steps; ++i) {
-      const int e = first + i * kWarp;
-      const bool valid = e < cols;
-      body(e, valid, valid ? values[e] : 0, valid ? keys[e] : 0);
+    const Run<kThreads> run(cols);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) {
+      if (i < run.steps) body(run.entry(i), key[i]);
     }
   }
 };

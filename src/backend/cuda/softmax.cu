@@ -9,7 +9,6 @@ constexpr int kThreads = 512;
 
 __global__ void __launch_bounds__(kThreads) softmax_kernel(Mat x) {
   __shared__ float reduced[kThreads / kWarp];
-  let_next_start();
   wait_for_inputs();
   float* row = x.data + blockIdx.x * x.stride;
   float top = row[0];

@@ -11,8 +11,6 @@ constexpr int kThreads = 1024;
 /// One block per row: to the list when there is one row, else to a row with zeros.
 __global__ void __launch_bounds__(kThreads)
     select_kernel(const __grid_constant__ Input in, int64_t stride, List list, float* masked, int32_t* kept) {
-  __shared__ SelectScratch<kThreads> scratch;
-  let_next_start();
   wait_for_inputs();
   const MemoryRow<kThreads> row{in.x + blockIdx.x * stride, in.scale, in.cols};
   float* to = masked ? masked + blockIdx.x * static_cast<int64_t>(in.cols) : nullptr;
@@ -20,13 +18,13 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = static_cast<int>(threadIdx.x); i < in.cols; i += kThreads) to[i] = 0;
     __syncthreads();
   }
-  const Cut cut = cut_of(row, in, scratch);
-  const int2 counts = compact(row, cut, scratch, [&](int place, int i, float value) {
+  const Cut cut = cut_of<kThreads>(row, in, 0);
+  const int2 counts = compact<kThreads>(row, cut, [&](int place, int i) {
     if (masked) {
-      to[i] = value;
+      to[i] = row.value(i);
     } else {
       list.index[place] = i;
-      list.value[place] = value;
+      list.value[place] = row.value(i);
     }
   });
   if (threadIdx.x != 0) return;
@@ -39,7 +37,6 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) expand_kernel(List list, int cols, float* y) {
-  let_next_start();
   wait_for_inputs();
   for (int i = static_cast<int>(threadIdx.x); i < cols; i += kThreads) y[i] = 0;
   __syncthreads();

@@ -21,7 +21,6 @@ struct Lines {
 /// to (count, pitch) = the lines' values; what pitch leaves over is zero.
 template <class Line, class To>
 __global__ void __launch_bounds__(kThreads) widen_kernel(Lines from, int64_t pitch, To* to) {
-  let_next_start();
   wait_for_inputs();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= pitch) return;
@@ -40,7 +39,6 @@ void convert(const Stream& s, const Lines& from, int64_t pitch, To* to) {
 }
 
 __global__ void __launch_bounds__(kThreads) start_kernel(const float* bias, bool accumulate, Mat y) {
-  let_next_start();
   wait_for_inputs();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= y.cols) return;

@@ -1,0 +1,284 @@
+#include "backend/cuda/one_row.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/error.h"
+
+namespace larosa::cuda {
+namespace {
+
+bool overlap(const Mat& a, const float* b, int64_t n) {
+  return a.data && b && a.data < b + n && b < a.data + a.cols;
+}
+bool overlap(const Mat& a, const Mat& b) {
+  return overlap(a, b.data, b.cols);
+}
+
+}  // namespace
+
+bool OneRow::Pending::touches(const Mat& m) const {
+  return overlap(m, in.x, in.cols) || overlap(m, row);
+}
+bool OneRow::Pending::touches(std::span<const Product> products) const {
+  return std::any_of(products.begin(), products.end(), [&](const Product& p) { return touches(p.y); });
+}
+
+OneRow::OneRow(const Stream& stream) : stream_(stream) {
+  scratch_.partial = static_cast<float*>(partial_.at_least(kPartialFloats * 4));
+  scratch_.ticket = static_cast<uint32_t*>(tickets_.at_least(2 * kTickets * 4));
+  scratch_.meetings = scratch_.ticket + kTickets;
+  check(cudaMemsetAsync(scratch_.ticket, 0, 2 * kTickets * 4, stream_.stream), "memory");
+  check(cudaMemsetAsync(guesses_.at_least(kGuesses * 4), 0, kGuesses * 4, stream_.stream), "memory");
+}
+
+void OneRow::flush() {
+  flush_rows();
+  flush_skip();
+  written_.reset();
+}
+
+/// The rows that waiting operations write.
+void OneRow::flush_rows() {
+  if (pair_) {
+    const PendingPair pair = *std::exchange(pair_, std::nullopt);
+    launch(pair.from, pair.product, {});
+  }
+  if (row_) make(*std::exchange(row_, std::nullopt));
+  if (rope_) {
+    const PendingRope rope = *std::exchange(rope_, std::nullopt);
+    written_.reset();
+    cuda::rope(stream_, rope.q, rope.k, rope.head_dim, rope.at);
+  }
+}
+
+void OneRow::flush_skip() {
+  if (!skip_) return;
+  const PendingSkip skip = *std::exchange(skip_, std::nullopt);
+  for (int i = 0; i < skip.count; ++i) {
+    const Product product{skip.weight[i], skip.y, i > 0};
+    multiply_from(plain(skip.x[i]), std::span(&product, 1));
+  }
+}
+
+/// The row on its own: the state that the caller of the door believes in.
+void OneRow::make(const Pending& p) {
+  written_.reset();
+  const Mat x(const_cast<float*>(p.in.x), 1, p.in.cols);
+  if (p.in.source == Source::norm) cuda::rms_norm(stream_, x, p.in.gain, p.in.eps, p.row);
+  if (p.list)
+    cuda::select(stream_, p.in.source == Source::row ? x : p.row, p.in, p.list->list, nullptr, nullptr);
+}
+
+OneRow::Pending OneRow::plain(Mat row) {
+  Pending p;
+  p.in.cols = static_cast<int>(row.cols);
+  p.in.x = row.data;
+  p.row = row;
+  return p;
+}
+OneRow::Pending OneRow::listed(std::shared_ptr<StoredList> list, int64_t cols) {
+  Pending p;
+  p.in.source = Source::list;
+  p.in.cols = static_cast<int>(cols);
+  p.list = std::move(list);
+  return p;
+}
+
+/// x as the source of a product: what waits to become it, or x itself. A skip waits on.
+OneRow::Pending OneRow::take_row(Mat x) {
+  if (row_ && !row_->list && row_->row.data == x.data && row_->row.cols == x.cols) {
+    Pending taken = *std::exchange(row_, std::nullopt);
+    flush_rows();
+    return taken;
+  }
+  flush_rows();
+  if (skip_ && overlap(skip_->y, x)) flush_skip();
+  return plain(x);
+}
+
+void OneRow::rms_norm(Mat x, const float* gain, float eps, Mat y) {
+  flush();
+  Input in;
+  in.source = Source::norm;
+  in.cols = static_cast<int>(x.cols);
+  in.x = x.data;
+  in.gain = gain;
+  in.eps = eps;
+  row_ = Pending{in, y, nullptr};
+}
+
+void OneRow::select(Mat x, const Input& rule, CudaSelection& kept) {
+  Pending next = take_row(x);
+  next.in.select = rule.select;
+  next.in.keep = rule.keep;
+  next.in.cut = rule.cut;
+  next.in.scale = rule.scale;
+  next.list = kept.one;
+  row_ = next;
+}
+
+void OneRow::rope(Mat q, Mat k, int64_t head_dim, const Angles& at) {
+  flush();
+  rope_ = PendingRope{q, k, head_dim, at};
+}
+bool OneRow::take_rope(Mat q, Mat k, int64_t head_dim) {
+  if (!rope_ || rope_->q.data != q.data || rope_->k.data != k.data || rope_->head_dim != head_dim)
+    return false;
+  rope_.reset();
+  return true;
+}
+
+void OneRow::glu(Mat gate, Mat up, const Activation& activation, Mat mid) {
+  if (pair_ && pair_->product[0].y.data == gate.data && pair_->product[1].y.data == up.data &&
+      gate.cols == pair_->product[0].y.cols && !overlap(mid, gate) && !overlap(mid, up) &&
+      !pair_->from.touches(mid)) {
+    const PendingPair pair = *std::exchange(pair_, std::nullopt);
+    return launch(pair.from, pair.product, {activation, mid.data});
+  }
+  flush();
+  cuda::glu(stream_, gate, up, activation, mid);
+}
+
+void OneRow::rotate(Mat x, const Weight& basis, Mat y, bool accumulate) {
+  CHECK(basis.in == x.cols && basis.out == y.cols);
+  const Product product{basis, y, accumulate};
+  if (basis.layout != Layout::channels) return multiply(x, std::span(&product, 1));
+  const bool more = skip_ && accumulate && skip_->y.data == y.data && skip_->count < kMostSkips && !row_;
+  if (!more) {
+    flush();
+    if (accumulate) return multiply_from(plain(x), std::span(&product, 1));
+    skip_ = PendingSkip{{}, y, {}, 0};
+  }
+  skip_->x[skip_->count] = x;
+  skip_->weight[skip_->count++] = basis;
+}
+
+void OneRow::multiply(Mat x, std::span<const Product> products) {
+  if (row_ && row_->touches(products)) flush();
+  multiply_from(take_row(x), products);
+}
+
+void OneRow::multiply_kept(const CudaSelection& kept, std::span<const Product> products) {
+  if (row_ && row_->list == kept.one && !row_->touches(products))
+    return multiply_from(*std::exchange(row_, std::nullopt), products);
+  flush();
+  multiply_from(listed(kept.one, kept.cols), products);
+}
+
+Mat OneRow::expanded(const CudaSelection& kept) {
+  flush();
+  auto* const row = static_cast<float*>(dense_.at_least(kept.cols * 4));
+  expand_list(stream_, kept.one->list, kept.cols, row);
+  return Mat(row, 1, kept.cols);
+}
+
+void OneRow::multiply_outputs(Mat x, const CudaSelection& kept, const Product& product) {
+  flush();
+  gemv_outputs(stream_, plain(x).in, product, kept.one->list);
+}
+
+/// The first launch makes the row and, where more launches or the caller want them, writes down row and list
+/// for them.
+void OneRow::multiply_from(Pending from, std::span<const Product> products) {
+  for (const Product& p : products) CHECK(p.weight.in == from.in.cols && p.y.cols == p.weight.out);
+  if (skip_ && !takes_skip(from, products)) flush_skip();
+  for (size_t first = 0, end = 0; first < products.size(); first = end) {
+    const Weight& w = products[first].weight;
+    for (end = first + 1; end < products.size() && end - first < kMostProducts; ++end)
+      if (!gemv_together(w, products[end].weight)) break;
+    if (w.layout == Layout::rows) {
+      end = first + 1;
+      from = multiply_rows(from, products[first]);
+      continue;
+    }
+    const bool more = end < products.size();
+    if (more && !from.list && from.in.source != Source::list) from.list = every(from.in.cols);
+    if (!more && products.size() == 2 && first == 0 && w.out == products[1].weight.out &&
+        !products[0].accumulate && !products[1].accumulate && !from.touches(products)) {
+      pair_ = PendingPair{from, {products[0], products[1]}};
+      return;
+    }
+    launch(from, products.subspan(first, end - first), {});
+    if (more && from.in.source != Source::list) from = listed(from.list, from.in.cols);
+  }
+}
+
+/// True when the product is added to what the skip gives.
+bool OneRow::takes_skip(const Pending& from, std::span<const Product> products) const {
+  if (products.size() != 1 || !products[0].accumulate || products[0].y.data != skip_->y.data ||
+      products[0].y.cols != skip_->y.cols || from.touches(skip_->y))
+    return false;
+  return std::all_of(skip_->weight, skip_->weight + skip_->count,
+                     [&](const Weight& w) { return gemv_skips(products[0].weight, w); });
+}
+
+/// The one place where gemv is launched: with the skip that waits for this product.
+void OneRow::launch(Pending from, std::span<const Product> products, const Glu& glu) {
+  const Weight& w = products[0].weight;
+  if (from.in.source != Source::list && !gemv_fuses(stream_, from.in, w)) {
+    if (!from.list) from.list = every(from.in.cols);
+    make(from);
+    from = listed(from.list, from.in.cols);
+  }
+  Input in = from.in;
+  if (from.list) in.list = from.list->list;
+  if (in.source == Source::norm) in.values = from.row.data;
+  if (in.select == Selects::topk) in.guess = guess_of(w);
+  Skip skips[kMostSkips];
+  size_t count = 0;
+  Product alone = products[0];
+  if (skip_) {
+    const PendingSkip skip = *std::exchange(skip_, std::nullopt);
+    for (; count < static_cast<size_t>(skip.count); ++count) {
+      const Mat& x = skip.x[count];
+      const bool early = written_ && std::none_of(written_->begin(), written_->end(),
+                                                  [&](const Mat& m) { return overlap(m, x); });
+      skips[count] = {x.data, skip.weight[count], early};
+    }
+    alone.accumulate = false;
+    products = std::span(&alone, 1);
+  }
+  gemv(stream_, in, products, std::span(skips, count), glu, scratch_, turn_);
+  turn_ = turn_ == Turn::even ? Turn::odd : Turn::even;
+  written_.emplace();
+  for (const Product& p : products) written_->push_back(p.y);
+  if (in.values) written_->push_back(from.row);
+  if (glu.mid) written_->emplace_back(glu.mid, 1, products[0].y.cols);
+}
+
+/// Where the cut of a weight's row stood the last time: the next one is near it.
+int32_t* OneRow::guess_of(const Weight& w) {
+  const auto [at, fresh] = guess_at_.try_emplace(w.data, static_cast<int>(guess_at_.size()));
+  return at->second < kGuesses ? guesses_.get<int32_t>() + at->second : nullptr;
+}
+
+/// A list of ours for a row that no selection has one for.
+std::shared_ptr<StoredList> OneRow::every(int64_t cols) {
+  if (!every_ || every_cols_ < cols) {
+    every_ = std::make_shared<StoredList>(cols);
+    every_cols_ = cols;
+  }
+  return every_;
+}
+
+/// A product with a weight in rows layout; returns the row for the next one.
+OneRow::Pending OneRow::multiply_rows(Pending from, const Product& product) {
+  written_.reset();
+  if (from.list || from.in.source == Source::list) {
+    if (from.in.source != Source::list) {
+      make(from);
+      from = listed(from.list, from.in.cols);
+    }
+    float* const dense = static_cast<float*>(dense_.at_least(from.in.cols * 4));
+    expand_list(stream_, from.list->list, from.in.cols, dense);
+    gemv_rows(stream_, plain(Mat(dense, 1, from.in.cols)).in, product);
+    return from;
+  }
+  Input in = from.in;
+  if (in.source == Source::norm) in.values = from.row.data;
+  gemv_rows(stream_, in, product);
+  return plain(from.row);
+}
+
+}  // namespace larosa::cuda

@@ -1,0 +1,106 @@
+// Decoding: which launches the operations of one row become.
+//
+// One row is bound by bytes and launches, so an operation is not launched by itself when a neighbour can do
+// it on the way. It waits: a norm or a selection for the product that reads it, a rotation of positions for
+// attention, a product of two weights for the gated activation of its outputs, a change of the stream's basis
+// for the product that is added to it. Whoever does something else flushes first.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+#include <unordered_map>
+#include <vector>
+
+#include "backend/cuda/kernels.h"
+#include "backend/cuda/storage.h"
+
+namespace larosa::cuda {
+
+class OneRow {
+ public:
+  explicit OneRow(const Stream& stream);
+
+  /// Launches everything that waits. What was written last is not known any more: the caller goes on.
+  void flush();
+  /// The next launch is a token's first.
+  void begin() { turn_ = Turn::even; }
+  const Scratch& scratch() const { return scratch_; }
+
+  /// y becomes the norm of x, no alias; gain may be null.
+  void rms_norm(Mat x, const float* gain, float eps, Mat y);
+  /// `kept` becomes what `rule` keeps of x.
+  void select(Mat x, const Input& rule, CudaSelection& kept);
+  /// Rotates q and k in place.
+  void rope(Mat q, Mat k, int64_t head_dim, const Angles& at);
+  /// True when that still waits: then the caller, attention, does it.
+  bool take_rope(Mat q, Mat k, int64_t head_dim);
+  /// Says what attention has written.
+  void attended(Mat out) { written_ = {out}; }
+  /// mid = a(gate) · up.
+  void glu(Mat gate, Mat up, const Activation& activation, Mat mid);
+  /// y = x R (+ y).
+  void rotate(Mat x, const Weight& basis, Mat y, bool accumulate);
+  void multiply(Mat x, std::span<const Product> products);
+  void multiply_kept(const CudaSelection& kept, std::span<const Product> products);
+  /// A selection of one row with zeros where nothing was kept.
+  Mat expanded(const CudaSelection& kept);
+  /// Of the product the outputs in `kept`, zero elsewhere; rows layout.
+  void multiply_outputs(Mat x, const CudaSelection& kept, const Product& product);
+
+ private:
+  /// A row that has not been made yet, and what is to be selected from it.
+  struct Pending {
+    Input in;
+    Mat row;                           // where it will stand
+    std::shared_ptr<StoredList> list;  // of the selection, or null
+
+    bool touches(const Mat& m) const;
+    bool touches(std::span<const Product> products) const;
+  };
+  struct PendingRope {
+    Mat q, k;
+    int64_t head_dim;
+    Angles at;
+  };
+  /// A product whose two outputs a gated activation may follow.
+  struct PendingPair {
+    Pending from;
+    Product product[2];
+  };
+  /// y = x times one or two weights, from where the stream stands to where a product will be added.
+  struct PendingSkip {
+    Mat x[kMostSkips], y;
+    Weight weight[kMostSkips];
+    int count = 0;
+  };
+
+  static Pending plain(Mat row);
+  static Pending listed(std::shared_ptr<StoredList> list, int64_t cols);
+  Pending take_row(Mat x);
+  void make(const Pending& p);
+  void flush_rows();
+  void flush_skip();
+  bool takes_skip(const Pending& from, std::span<const Product> products) const;
+  void multiply_from(Pending from, std::span<const Product> products);
+  void launch(Pending from, std::span<const Product> products, const Glu& glu);
+  Pending multiply_rows(Pending from, const Product& product);
+  int32_t* guess_of(const Weight& w);
+  std::shared_ptr<StoredList> every(int64_t cols);
+
+  static constexpr int kGuesses = 4096;
+  const Stream& stream_;
+  std::optional<Pending> row_;
+  std::optional<PendingRope> rope_;
+  std::optional<PendingPair> pair_;
+  std::optional<PendingSkip> skip_;
+  std::optional<std::vector<Mat>> written_;  // by the last launch, where that is known
+  Turn turn_ = Turn::even;
+  Buffer partial_, tickets_, guesses_, dense_;
+  Scratch scratch_;
+  std::unordered_map<const void*, int> guess_at_;
+  std::shared_ptr<StoredList> every_;
+  int64_t every_cols_ = 0;
+};
+
+}  // namespace larosa::cuda
