@@ -182,6 +182,55 @@ TEST_F(Cuda, WaitingRowsAreSeen) {
   }
 }
 
+/// A change of basis waits for the product that is added to it, both ways: taken along, and launched because
+/// somebody looks or the product cannot take it.
+TEST_F(Cuda, SkipsAreAdded) {
+  constexpr int64_t kIn = 384, kSkip = 320, kTop = 64, kOut = 264;
+  for (const DType dtype : types(Layout::channels)) {
+    for (const DType skip_dtype : types(Layout::channels)) {
+      for (const bool aligned : {true, false}) {
+        if (!aligned && quantised(dtype)) continue;
+        for (const bool looked : {false, true}) {
+          SCOPED_TRACE(std::string(dtype_name(dtype)) + " after " + dtype_name(skip_dtype) +
+                       (aligned ? "" : " unaligned") + (looked ? " looked at" : ""));
+          Random random(5);
+          const StoredWeight w(dtype, Layout::channels, kIn, kOut, true, random),
+              skip(skip_dtype, Layout::channels, kSkip, kOut, false, random),
+              top(DType::f32, Layout::channels, kTop, kOut, false, random);
+          const DeviceWeight dw(cuda(), w.weight, aligned), dskip(cuda(), skip.weight, true),
+              dtop(cuda(), top.weight, true);
+          const Rows x = Rows(1, kSkip).fill(random), h = Rows(1, kIn).fill(random), truth(1, kOut);
+          const DeviceRows dx(cuda(), x), dh(cuda(), h), y(cuda(), truth);
+          const auto run = [&](Backend& backend, Mat from, Mat row, Mat to, const Weight& a, const Weight& b,
+                               const Weight& c, const auto& look) {
+            const auto kept = backend.make_selection(1, kIn);
+            backend.rotate(from, a, to);
+            backend.rotate(Mat(from.data, 1, kTop, from.stride), b, to, true);
+            look();
+            backend.topk(row, nullptr, 100, *kept);
+            const Product product{c, to, true};
+            backend.sparse_matmul(*kept, std::span(&product, 1));
+          };
+          run(*ref_, x.mat, h.mat, truth.mat, skip.weight, top.weight, w.weight, [] {});
+          run(cuda(), dx.mat, dh.mat, y.mat, dskip.weight, dtop.weight, dw.weight, [&] {
+            if (looked) {
+              EXPECT_TRUE(y.back().gaps_intact());
+            }
+          });
+          const Rows found = y.back();
+          double error = 0, size = 0;
+          for (int64_t j = 0; j < kOut; ++j) {
+            error += std::pow(double{found.at(0, j)} - truth.at(0, j), 2);
+            size += std::pow(double{truth.at(0, j)}, 2);
+          }
+          EXPECT_LE(std::sqrt(error), 1e-5 * std::sqrt(size));
+          EXPECT_TRUE(found.gaps_intact());
+        }
+      }
+    }
+  }
+}
+
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kTiny = std::numeric_limits<float>::denorm_min();

@@ -66,7 +66,7 @@ class Decoder {
   /// One layer on x (T, dim): segments of T rows together of `cache`, whose layer `cache_layer` it uses;
   /// `index` is the layer's number in the model (its window). T ≤ max_rows. Returns where the stream is, in
   /// the basis behind the layer: x or, where it has changed basis once, the decoder's memory, until the next
-  /// call with another x. x is overwritten.
+  /// call with anything but it. x is overwritten.
   Mat layer(const Layer& layer, int64_t index, KvCache& cache, int64_t cache_layer,
             std::span<const Segment> segments, Mat x, const Pass& pass);
   /// The same for positions pos … pos + T − 1.

@@ -207,7 +207,6 @@ class CudaBackend final : public Backend {
     flush();
     cuda::attend(stream_, q, k, v, kv.layer(layer), pos, window, out, rotates ? &angles_ : nullptr,
                  row_.scratch());
-    if (q.rows == 1) row_.attended(out);
   }
 
   void activate(Mat z, const Activation& activation, Mat y) override {

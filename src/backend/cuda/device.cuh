@@ -15,9 +15,8 @@ namespace larosa::cuda {
 inline constexpr int kWarp = 32;
 
 /// Until everything that was launched before has finished; from here on the next kernel may be set up, so
-/// that its own start hides behind this kernel's work. What a kernel does before it waits may read whatever
-/// the kernel before the last one wrote: that one has let this kernel start after waiting itself. Without
-/// such launches (before compute capability 9.0): nothing.
+/// that its own start hides behind this kernel's work. Without such launches (before compute capability 9.0):
+/// nothing.
 __device__ inline void wait_for_inputs() {
 #if __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

@@ -54,7 +54,6 @@ struct Args {
   int granule, granules, tiles;  // outputs of a granule; granules in all; tiles they are shared out to
   int group;                     // blocks that share a tile
   bool paired;                   // a tile has the same outputs of both parts
-  bool early;                    // the skips need not wait
   int skips;
   SkipArgs skip[kMostSkips];
   Glu glu;
@@ -246,9 +245,9 @@ __device__ void add_skip(const Args& a, const Tile& tile, int rank, const SkipAr
               [&](int column, float sum) { total[column] = __fadd_rn(total[column], sum); });
 }
 
-/// Until every block of a group has come here; what they wrote before is seen behind it. A group's blocks run
-/// at the same time: there are no more than multiprocessors, and the next kernel's begin when all of these
-/// have. The counter only grows, by `blocks` each time.
+/// Until every block of a group has come here; what they wrote before is seen behind it. A group's blocks are
+/// in time to meet: a grid has no more of them than there are multiprocessors, they start in order, and the
+/// next kernel's start when all of these have. The counter only grows, by `blocks` each time.
 __device__ void meet(uint32_t* counter, int blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -317,22 +316,16 @@ __global__ void __launch_bounds__(kThreads) __maxnreg__(kRegisters)
   float* const skipped = floats_at(0);
   const RowMemory memory = row_memory(a.in, skipped_bytes(a));
   fetch_weights<kThreads>(a.in, memory);
-  bool waited = false;
-  const auto wait = [&] {
-    if (!waited) wait_for_inputs();
-    waited = true;
-  };
+  if (a.in.select == Selects::all && a.in.source != Source::list && a.skips == 0)
+    prefetch_channels(a, tile_at(a, group), rank);
+  wait_for_inputs();
 #pragma unroll 1
   for (int t = group; t < a.tiles; t += groups) {
     const Tile tile = tile_at(a, t);
     if (a.skips > 0)
       for (int j = static_cast<int>(threadIdx.x); j < tile.columns; j += kThreads) skipped[j] = 0;
-    if (!waited && a.in.select == Selects::all && a.in.source != Source::list && a.skips == 0)
-      prefetch_channels(a, tile, rank);
-    if (a.skips > 0 && !a.early) wait();
 #pragma unroll 1
     for (int i = 0; i < a.skips; ++i) add_skip(a, tile, rank, a.skip[i], memory.row, skipped);
-    wait();
     // Sums take the row's place, so that every further tile makes it again.
     const Channels channels = prepare_row<kThreads>(a.in, memory);
     // Two places in turn: a block may be in the next tile while another still reads of this one.
@@ -367,6 +360,11 @@ int64_t sums_bytes(Format f) {
 }
 constexpr int kMostColumns = 4096;  // of a tile
 
+/// A block's memory with the widest tile there is; `row`: what a row and its sums take.
+int64_t most_shared(const Input& in, int64_t row) {
+  return row_memory(in, kMostColumns * 4).row + row;
+}
+
 /// How the outputs are shared out: evenly to groups of blocks, in as many rounds as it takes for every thread
 /// to have a vector.
 void share_out(const Stream& s, Args& a) {
@@ -385,17 +383,18 @@ bool gemv_together(const Weight& a, const Weight& b) {
   return a.layout == Layout::channels && b.layout == Layout::channels && format_of(a) == format_of(b);
 }
 
-bool gemv_skips(const Weight& w, const Weight& skip) {
-  constexpr int64_t kLongest = 16384;
-  return w.layout == Layout::channels && skip.layout == Layout::channels && w.out == skip.out &&
-         aligned(format_of(w)) && aligned(format_of(skip)) && skip.in <= kLongest;
-}
-
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w) {
   constexpr int64_t kLongest = 65536;  // a listed channel is 16 bits
-  return in.cols <= kLongest && kMostColumns * 4 + row_memory(in, 0).row +
-                                        std::max<int64_t>(sums_bytes(format_of(w)), row_bytes(in)) <=
-                                    s.shared_bytes;
+  return in.cols <= kLongest &&
+         most_shared(in, std::max<int64_t>(sums_bytes(format_of(w)), row_bytes(in))) <= s.shared_bytes;
+}
+
+bool gemv_skips(const Stream& s, const Input& in, const Weight& w, const Weight& skip) {
+  if (w.layout != Layout::channels || skip.layout != Layout::channels || w.out != skip.out ||
+      !aligned(format_of(w)) || !aligned(format_of(skip)))
+    return false;
+  return most_shared(in, std::max<int64_t>({sums_bytes(format_of(w)), row_bytes(in),
+                                            sums_bytes(format_of(skip)), skip.in * 4})) <= s.shared_bytes;
 }
 
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
@@ -408,14 +407,12 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   a.format = format_of(products[0].weight);
   a.granule = granule_of(a.format);
   a.paired = glu.mid != nullptr;
-  a.early = true;
   bool wide = a.format == Format::int4;
   int64_t shared = std::max<int64_t>(sums_bytes(a.format), row_bytes(in));
   for (const Skip& skip : skips) {
     const SkipArgs& args =
         a.skip[a.skips++] = {skip.x, lines_of(skip.weight), static_cast<int>(skip.weight.in)};
     a.granule = std::max(a.granule, granule_of(args.lines.format));
-    a.early = a.early && skip.early;
     wide = wide || args.lines.format == Format::int4;
     shared = std::max({shared, sums_bytes(args.lines.format), skip.weight.in * 4});
   }

@@ -32,9 +32,6 @@ struct Plain {
 #pragma unroll
     for (int w = 0; w < 4; ++w) add_word(words[w], x, &sum[w * kLane / 4]);
   }
-  __device__ static int column(int v, int i) {
-    return v * kLane + i;
-  }
 
  private:
   __device__ static void add_word(uint32_t word, float x, float* sum) {
@@ -78,9 +75,6 @@ struct Bytes {
         sum[4 * w + b] = fmaf(xs, q, sum[4 * w + b]);
       }
     }
-  }
-  __device__ static int column(int v, int i) {
-    return v * kLane + i;
   }
 };
 
@@ -140,9 +134,6 @@ struct Unaligned {
   __device__ static void add(const Loaded& v, float x, float (&sum)[kLane]) {
 #pragma unroll
     for (int i = 0; i < kLane; ++i) sum[i] = fmaf(x, widen(v.element[i]), sum[i]);
-  }
-  __device__ static int column(int v, int i) {
-    return v * kLane + i;
   }
 };
 

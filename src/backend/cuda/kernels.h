@@ -53,11 +53,9 @@ struct Input {
 };
 
 /// A second row, all of it times weights of its own, whose product is added to the first output.
-/// early: the launch before this one has not written it, so it may be read while that one is still running.
 struct Skip {
   const float* x = nullptr;
   Weight weight;
-  bool early = false;
 };
 inline constexpr int kMostSkips = 2;
 
@@ -71,19 +69,19 @@ struct Glu {
 struct Scratch {
   float* partial = nullptr;      // kPartialFloats
   uint32_t* ticket = nullptr;    // kTickets, zero between launches
-  uint32_t* meetings = nullptr;  // kTickets, zero at first
+  uint32_t* meetings = nullptr;  // kTickets, zero at first; each grows by whole groups
 };
 inline constexpr int64_t kPartialFloats = int64_t{4096} * 1024;
 inline constexpr int64_t kTickets = 4096;
 
-/// Longest row that gemv can make itself; longer ones, and unaligned weights, need a list.
+/// True when gemv makes the row itself; it needs a list of a longer one.
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w);
 /// A launch of the other turn starts beside this one, one of the same turn behind it.
 enum class Turn { even, odd };
 /// True when both can be products of one launch.
 bool gemv_together(const Weight& a, const Weight& b);
-/// True when gemv can add x times `skip` to the product with w.
-bool gemv_skips(const Weight& w, const Weight& skip);
+/// True when gemv can add x times `skip` to the product of `in` with w.
+bool gemv_skips(const Stream& s, const Input& in, const Weight& w, const Weight& skip);
 /// y (1, out) of every product; channels layout, types as gemv_together says, at most kMostProducts. Skips:
 /// of one product, as gemv_skips says. glu: of two products of equal shape.
 inline constexpr int kMostProducts = 4;
@@ -125,7 +123,7 @@ struct CacheLayer {
 /// Appends k, v and attends. One row: q and k are rotated by `at` on the way when it is given.
 void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
             Mat out, const Angles* at, const Scratch& scratch);
-/// Floats of Scratch::partial that attend takes at most for one row; tickets: one per query head.
+/// Stretches of positions that one row's attention is split into at most.
 inline constexpr int64_t kSplits = 64;
 
 /// Elements [first, first + count) of the outputs of `w`, as f32 or bf16, all inputs: rows layout (count, in)

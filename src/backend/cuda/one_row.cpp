@@ -35,7 +35,6 @@ OneRow::OneRow(const Stream& stream) : stream_(stream) {
 void OneRow::flush() {
   flush_rows();
   flush_skip();
-  written_.reset();
 }
 
 /// The rows that waiting operations write.
@@ -47,7 +46,6 @@ void OneRow::flush_rows() {
   if (row_) make(*std::exchange(row_, std::nullopt));
   if (rope_) {
     const PendingRope rope = *std::exchange(rope_, std::nullopt);
-    written_.reset();
     cuda::rope(stream_, rope.q, rope.k, rope.head_dim, rope.at);
   }
 }
@@ -63,7 +61,6 @@ void OneRow::flush_skip() {
 
 /// The row on its own: the state that the caller of the door believes in.
 void OneRow::make(const Pending& p) {
-  written_.reset();
   const Mat x(const_cast<float*>(p.in.x), 1, p.in.cols);
   if (p.in.source == Source::norm) cuda::rms_norm(stream_, x, p.in.gain, p.in.eps, p.row);
   if (p.list)
@@ -119,7 +116,6 @@ void OneRow::select(Mat x, const Input& rule, CudaSelection& kept) {
 }
 
 void OneRow::rope(Mat q, Mat k, int64_t head_dim, const Angles& at) {
-  flush();
   rope_ = PendingRope{q, k, head_dim, at};
 }
 bool OneRow::take_rope(Mat q, Mat k, int64_t head_dim) {
@@ -144,7 +140,8 @@ void OneRow::rotate(Mat x, const Weight& basis, Mat y, bool accumulate) {
   CHECK(basis.in == x.cols && basis.out == y.cols);
   const Product product{basis, y, accumulate};
   if (basis.layout != Layout::channels) return multiply(x, std::span(&product, 1));
-  const bool more = skip_ && accumulate && skip_->y.data == y.data && skip_->count < kMostSkips && !row_;
+  const bool more = skip_ && accumulate && skip_->y.data == y.data && skip_->y.cols == y.cols &&
+                    skip_->count < kMostSkips && !row_;
   if (!more) {
     flush();
     if (accumulate) return multiply_from(plain(x), std::span(&product, 1));
@@ -210,7 +207,7 @@ bool OneRow::takes_skip(const Pending& from, std::span<const Product> products) 
       products[0].y.cols != skip_->y.cols || from.touches(skip_->y))
     return false;
   return std::all_of(skip_->weight, skip_->weight + skip_->count,
-                     [&](const Weight& w) { return gemv_skips(products[0].weight, w); });
+                     [&](const Weight& w) { return gemv_skips(stream_, from.in, products[0].weight, w); });
 }
 
 /// The one place where gemv is launched: with the skip that waits for this product.
@@ -230,21 +227,13 @@ void OneRow::launch(Pending from, std::span<const Product> products, const Glu& 
   Product alone = products[0];
   if (skip_) {
     const PendingSkip skip = *std::exchange(skip_, std::nullopt);
-    for (; count < static_cast<size_t>(skip.count); ++count) {
-      const Mat& x = skip.x[count];
-      const bool early = written_ && std::none_of(written_->begin(), written_->end(),
-                                                  [&](const Mat& m) { return overlap(m, x); });
-      skips[count] = {x.data, skip.weight[count], early};
-    }
+    for (; count < static_cast<size_t>(skip.count); ++count)
+      skips[count] = {skip.x[count].data, skip.weight[count]};
     alone.accumulate = false;
     products = std::span(&alone, 1);
   }
   gemv(stream_, in, products, std::span(skips, count), glu, scratch_, turn_);
   turn_ = turn_ == Turn::even ? Turn::odd : Turn::even;
-  written_.emplace();
-  for (const Product& p : products) written_->push_back(p.y);
-  if (in.values) written_->push_back(from.row);
-  if (glu.mid) written_->emplace_back(glu.mid, 1, products[0].y.cols);
 }
 
 /// Where the cut of a weight's row stood the last time: the next one is near it.
@@ -264,7 +253,6 @@ std::shared_ptr<StoredList> OneRow::every(int64_t cols) {
 
 /// A product with a weight in rows layout; returns the row for the next one.
 OneRow::Pending OneRow::multiply_rows(Pending from, const Product& product) {
-  written_.reset();
   if (from.list || from.in.source == Source::list) {
     if (from.in.source != Source::list) {
       make(from);

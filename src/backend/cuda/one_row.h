@@ -10,7 +10,6 @@
 #include <optional>
 #include <span>
 #include <unordered_map>
-#include <vector>
 
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/storage.h"
@@ -21,9 +20,9 @@ class OneRow {
  public:
   explicit OneRow(const Stream& stream);
 
-  /// Launches everything that waits. What was written last is not known any more: the caller goes on.
+  /// Launches everything that waits.
   void flush();
-  /// The next launch is a token's first.
+  /// The next launch is a token's first: o and down, which need the most shared memory, become odd ones.
   void begin() { turn_ = Turn::even; }
   const Scratch& scratch() const { return scratch_; }
 
@@ -31,12 +30,10 @@ class OneRow {
   void rms_norm(Mat x, const float* gain, float eps, Mat y);
   /// `kept` becomes what `rule` keeps of x.
   void select(Mat x, const Input& rule, CudaSelection& kept);
-  /// Rotates q and k in place.
+  /// Rotates q and k in place. Nothing else waits.
   void rope(Mat q, Mat k, int64_t head_dim, const Angles& at);
-  /// True when that still waits: then the caller, attention, does it.
+  /// Takes that over if it still waits: then the caller, attention, does it.
   bool take_rope(Mat q, Mat k, int64_t head_dim);
-  /// Says what attention has written.
-  void attended(Mat out) { written_ = {out}; }
   /// mid = a(gate) · up.
   void glu(Mat gate, Mat up, const Activation& activation, Mat mid);
   /// y = x R (+ y).
@@ -94,7 +91,6 @@ class OneRow {
   std::optional<PendingRope> rope_;
   std::optional<PendingPair> pair_;
   std::optional<PendingSkip> skip_;
-  std::optional<std::vector<Mat>> written_;  // by the last launch, where that is known
   Turn turn_ = Turn::even;
   Buffer partial_, tickets_, guesses_, dense_;
   Scratch scratch_;

@@ -121,8 +121,7 @@ __device__ inline float* floats_at(int offset) {
 template <int kThreads, class Row>
 __device__ int2 choose(const Row& row, const Input& in, int at) {
   auto* const near = reinterpret_cast<uint16_t*>(block_memory() + at + padded_bytes(in.cols, 4));
-  const int guess = in.guess ? __ldcg(in.guess) : 0;
-  const Cut cut = cut_of<kThreads>(row, in, guess);
+  const Cut cut = cut_of<kThreads>(row, in, select_scratch<kThreads>().guess);
   const int2 counts =
       compact<kThreads>(row, cut, [&](int place, int i) { near[place] = static_cast<uint16_t>(i); });
   if (in.guess && blockIdx.x == 0 && threadIdx.x == 0) __stcg(in.guess, cut.key);
@@ -161,6 +160,8 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory) {
     const int count = __ldcg(in.list.counts);
     return {Where::list, 0, 0, count, count};
   }
+  // By one thread: the first block may leave the next guess meanwhile, and a block must have one.
+  if (threadIdx.x == 0) select_scratch<kThreads>().guess = in.guess ? __ldcg(in.guess) : 0;
   float* const values = floats_at(memory.row);
   make_row<kThreads>(in, floats_at(memory.gain), values);
   const Run<kThreads> run(in.cols);

@@ -36,6 +36,7 @@ struct SelectScratch {
   int2 above[2][kWarps];  // of this pass and the one before
   int warp_sum[kWarps], warp_ties[kWarps];
   float reduced[kWarps];
+  int guess;
 };
 
 /// The block's own, in shared memory.
@@ -46,8 +47,7 @@ __device__ SelectScratch<kThreads>& select_scratch() {
 }
 
 /// Sum of the warps' values before warp `end`.
-template <int kThreads>
-__device__ int before_warp(const int* sums, int end) {
+__device__ inline int before_warp(const int* sums, int end) {
   return __reduce_add_sync(~0u, lane() < end ? sums[lane()] : 0);
 }
 
@@ -176,7 +176,7 @@ __device__ int2 compact(const Row& row, const Cut& cut, const Take& take) {
     row.each([&](int, int key) { ties += __popc(__ballot_sync(~0u, key == cut.key)); });
     if (lane() == 0) s.warp_ties[warp()] = ties;
     __syncthreads();
-    ties_before = before_warp<kThreads>(s.warp_ties, warp());
+    ties_before = before_warp(s.warp_ties, warp());
   }
   const auto each_kept = [&](const auto& body) {
     int ties = ties_before;
@@ -203,12 +203,12 @@ __device__ int2 compact(const Row& row, const Cut& cut, const Take& take) {
     s.warp_ties[warp()] = kept_count;
   }
   __syncthreads();
-  int place = before_warp<kThreads>(s.warp_sum, warp());
+  int place = before_warp(s.warp_sum, warp());
   each_kept([&](int i, bool, uint32_t mask, bool present) {
     if (present) take(place + __popc(mask & below), i);
     place += __popc(mask);
   });
-  return {before_warp<kThreads>(s.warp_sum, kWarps), before_warp<kThreads>(s.warp_ties, kWarps)};
+  return {before_warp(s.warp_sum, kWarps), before_warp(s.warp_ties, kWarps)};
 }
 
 /// Entries of a thread: every warp has one run, of whole steps of 32.
