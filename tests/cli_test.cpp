@@ -12,6 +12,7 @@
 #include <regex>
 #include <thread>
 
+#include "eval/results.h"
 #include "io/files.h"
 #include "io/json.h"
 #include "model/random.h"
@@ -554,6 +555,54 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   const auto plan = nlohmann::json::parse(run({"inspect", dir_ / "dense", "--json"}).out)["plan"];
   EXPECT_EQ(plan["sparsity_asked"], 0.0);
   EXPECT_FALSE(plan["notes"].contains("score"));
+}
+
+TEST_F(Cli, CountedAdaptersMakeWayForOneBasis) {
+  const std::string made = dir_ / "made", counted = "--budget-includes-adapter";
+  const Arguments base = {"sparsify", model(), "-o", made, "--calib", text(), "--sparsity", "0.25"};
+  const auto with = [&](const Arguments& more) {
+    Arguments a = base;
+    a.insert(a.end(), more.begin(), more.end());
+    return a;
+  };
+  const auto expect = [&](const Arguments& more, bool adapters, const std::string& basis_layers) {
+    const Outcome o = run(with(more));
+    ASSERT_EQ(o.code, 0) << o.err;
+    const auto j = nlohmann::json::parse(run({"inspect", made, "--json"}).out);
+    EXPECT_EQ(j["token_bytes"]["adapters"] > 0, adapters) << more.back();
+    EXPECT_EQ(j["plan"]["notes"].value("basis_layers", "1"), basis_layers) << more.back();
+    EXPECT_EQ(j["plan"]["notes"].contains("budget"), more[0] == counted) << more.back();
+    fs::remove_all(made);
+  };
+  expect({"--method", "larosa"}, true, "1");
+  expect({counted}, false, "0");
+  expect({counted, "--basis-layers", "0"}, false, "0");
+  expect({counted, "--basis-layers", "1"}, true, "1");
+  expect({counted, "--bases", "separate"}, true, "1");
+  expect({counted, "--preset", "paper", "--form", "folded"}, true, "1");
+  expect({counted, "--method", "wina"}, true, "1");
+  expect_refused(with({counted, "--adapter-weights", "int8"}), {"--adapter-weights", "--basis-layers 1"});
+  expect_refused(with({counted, "--form", "simulate"}), {counted, "has no adapters"});
+
+  const std::string name = "larosa:budget-includes-adapter=true";
+  const Outcome swept = run({"sweep", model(), "--methods", name + "," + name + ",basis-layers=1",
+                             "--sparsity", "0.25", "--calib", text(), "-f", text(), "-c", "32", "--chunks",
+                             "2", "-o", dir_ / "grid", "--no-speed", "--ppl-share", "0"});
+  ASSERT_EQ(swept.code, 0) << swept.err;
+  const std::string csv = dir_ / "grid/results.csv";
+  for (const ResultRow& row : results_from_csv(file_bytes(csv), csv)) {
+    if (row.method == "dense") continue;
+    EXPECT_EQ(row.adapter_bytes > 0, row.method != name) << row.method;
+  }
+
+  // A resume needs what the flag came to mean.
+  const Arguments begun = with({counted});
+  ASSERT_EQ(run(begun, {"/dev/null", 24000}).code, 1);
+  EXPECT_EQ(read_json(made + ".partial/job.json")["options"]["basis_layers"], 0);
+  const Outcome refused = run(with({counted, "--basis-layers", "1"}));
+  EXPECT_EQ(refused.code, 1);
+  EXPECT_NE(refused.err.find("other options"), std::string::npos) << refused.err;
+  EXPECT_EQ(run(begun).code, 0);
 }
 
 TEST_F(Cli, ThresholdsSayWhatTheyReached) {

@@ -151,10 +151,10 @@ TEST_F(SweepTest, OtherOptionsAreRefused) {
   o.methods.pop_back();
   EXPECT_NE(message_of([&] { run(o); }).find("methods"), std::string::npos);
   o = options("begun");
-  const std::string state = o.output + "/sweep.json", text = file_bytes(state), now = "\"version\": 3";
+  const std::string state = o.output + "/sweep.json", text = file_bytes(state), now = "\"version\": 4";
   ASSERT_NE(text.find(now), std::string::npos);
-  std::ofstream(state) << std::string(text).replace(text.find(now), now.size(), "\"version\": 2");
-  EXPECT_NE(message_of([&] { run(o); }).find("version is 2, expected 3"), std::string::npos);
+  std::ofstream(state) << std::string(text).replace(text.find(now), now.size(), "\"version\": 3");
+  EXPECT_NE(message_of([&] { run(o); }).find("version is 3, expected 4"), std::string::npos);
   std::ofstream(dir_ / "text.txt") << "x";
   o = options("other");
   fs::create_directory(o.output);

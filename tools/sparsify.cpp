@@ -24,7 +24,8 @@ struct Flags {
                              site_scale = "1,1,1,1", allocation, currency = "none", calib_stream = "thinned",
                              weights = "source", adapter_weights, head_weights, embed_weights, rounding;
   double sparsity = 0.5, mix = Choice{}.mix, shrink = Choice{}.shrink;
-  int64_t calib_tokens = 0, basis_layers = 1;
+  int64_t calib_tokens = 0;
+  std::optional<int64_t> basis_layers;
   bool check_tensors = false, count_adapters = false;
   MachineOptions machine;
 };
@@ -71,6 +72,15 @@ Source basis_source(const Flags& f) {
   if (f.bases == "separate") return Source::separate;
   if (f.bases.empty()) return f.pool == "on" ? Source::pooled : Source::h1;
   return f.bases == "pooled" ? Source::pooled : Source::h1;
+}
+
+/// What was asked for, else a basis per layer, or one for all where adapters count: it needs none, and loses
+/// less (docs/results.md, Ablation). Presets are as published; bases that change within layers save no
+/// adapter.
+int64_t basis_layers(const Flags& f, const Wants& wants) {
+  if (f.basis_layers) return *f.basis_layers;
+  const bool one = f.count_adapters && wants.moments && !wants.mlp && f.preset.empty();
+  return one ? 0 : Choice{}.basis_layers;
 }
 
 std::vector<int32_t> calibration_tokens(const Flags& f, int64_t& window) {
@@ -154,13 +164,15 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
          " shares the budget out by itself");
   if (!quantises(options.types) && app.get_option("--rounding")->count() > 0)
     fail("--rounding: --weights ", f.weights, " are not quantised");
-  const auto adapts = [](const LayerPlan& layer) { return layer.adapter || layer.middle; };
-  if (std::none_of(plan.layers.begin(), plan.layers.end(), adapts)) {
+  if (!wants.stream || choice.form != Form::folded) {
     for (const char* option : {"--adapter-weights", "--budget-includes-adapter"}) {
       if (app.get_option(option)->count() > 0)
         fail(option, ": method ", f.method, " in this form has no adapters");
     }
   }
+  const auto adapts = [](const LayerPlan& layer) { return layer.adapter || layer.middle; };
+  if (app.get_option("--adapter-weights")->count() > 0 && std::ranges::none_of(plan.layers, adapts))
+    fail("--adapter-weights: one basis for all layers has no adapters (--basis-layers 1: a basis per layer)");
   if (plan.layers[0] == trained_layer(load_config(f.model))) {
     for (const char* option : {"--sparsity", "--score", "--site-scale", "--allocation"}) refuse(option);
   }
@@ -180,9 +192,9 @@ SparsifyOptions read_options(Flags& f, const CLI::App& app) {
   choice.form = f.form == "folded" ? Form::folded : Form::simulate;
   choice.score = f.score == "norm" ? Score::norm : Score::magnitude;
   choice.source = basis_source(f);
-  choice.basis_layers = f.basis_layers;
   choice.rotate = f.rotate == "on";
   choice.rotate_h2 = f.rotate_h2 == "on";
+  choice.basis_layers = basis_layers(f, find_method(f.method).wants(choice));
   choice.allocation = allocation(f, app);
   choice.shrink = f.shrink;
   choice.currency = f.currency == "absolute"   ? Currency::absolute
@@ -230,7 +242,8 @@ void declare_budget(CLI::App& app, const std::shared_ptr<Flags>& f) {
                  "Share of the projections' weight bytes that a token does not read, 0 to 0.95")
       ->capture_default_str();
   app.add_flag("--budget-includes-adapter", f->count_adapters,
-               "Count the adapters' bytes as read: the projections drop so much more");
+               "Count the adapters' bytes as read: the projections drop so much more, or larosa has none "
+               "(--basis-layers)");
   app.add_option("--site-scale", f->site_scale, "Relative sparsity of h1,h2,h3,h4")->capture_default_str();
   app.add_option(
          "--allocation", f->allocation,
@@ -279,9 +292,10 @@ void declare_bases(CLI::App& app, const std::shared_ptr<Flags>& f) {
                  "attention and MLP with a change of basis in between")
       ->check(CLI::IsMember({"pooled", "h1", "separate"}));
   app.add_option("--basis-layers", f->basis_layers,
-                 "Neighbouring layers that share a basis and need no adapter between them; 0: all")
-      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20))
-      ->capture_default_str();
+                 "Neighbouring layers that share a basis and need no adapter between them; 0: all (default: "
+                 "1; 0 with "
+                 "--budget-includes-adapter, but for --preset and --bases separate)")
+      ->check(CLI::Range(int64_t{0}, int64_t{1} << 20));
   app.add_option("--rotate", f->rotate, "wina only: in the bases that make k and gate orthogonal")
       ->check(on_off)
       ->capture_default_str();
