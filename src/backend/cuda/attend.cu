@@ -23,6 +23,7 @@ struct Step {
   int64_t pos, first, per;  // positions [first, pos], `per` in a stretch
   int group, parts;         // query heads per key/value head; blocks that share them
   float scale;
+  Link link;
 };
 
 __device__ int64_t cache_line(const CacheLayer& c, int64_t head, int64_t position) {
@@ -67,7 +68,8 @@ __global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_const
   float* const sums = weight + kHeads * a.per;  // (kOneThreads, kHeads · kVector)
   T* const keys = static_cast<T*>(a.cache.keys);
   T* const values = static_cast<T*>(a.cache.values);
-  wait_for_inputs();
+  wait_for_inputs(a.link);
+  start_next();
   for (int i = static_cast<int>(threadIdx.x); i < kHeads * width; i += kOneThreads) {
     const int h = i / width;
     q[i] = h < heads ? turned(a.q.data + (first_head + h) * width, i % width, width, a.at) * a.scale : 0;
@@ -166,7 +168,7 @@ __global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_const
     }
     __syncthreads();
   }
-  if (gridDim.y == 1) return;
+  if (gridDim.y == 1) return signal(a.link);
   if (threadIdx.x < heads) {
     float* to = a.scratch.partial +
                 ((first_head + threadIdx.x) * static_cast<int64_t>(gridDim.y) + blockIdx.y) * record;
@@ -180,7 +182,7 @@ __global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_const
     if (last) a.scratch.ticket[blockIdx.x] = 0;
   }
   __syncthreads();
-  if (!last) return;
+  if (!last) return signal(a.link);
   __threadfence();
   for (int i = static_cast<int>(threadIdx.x); i < heads * width; i += kOneThreads) {
     const int h = first_head + i / width, e = i % width;
@@ -194,6 +196,7 @@ __global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_const
     }
     a.out.data[h * width + e] = __fdiv_rn(x, sum);
   }
+  signal(a.link);
 }
 
 template <class T>
@@ -286,7 +289,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class T, int kHeads>
-void launch_one(const Stream& s, const Step& a, dim3 blocks) {
+void launch_one(const Stream& s, Step& a, Chain& chain, dim3 blocks) {
+  a.link = chain.join(s, blocks.x * blocks.y);
   const bool vectors = a.cache.head_dim % 4 == 0;
   const int64_t floats = kHeads * (a.cache.head_dim + a.per + kOneThreads * (vectors ? 4 : 1));
   launch_kernel(s, vectors ? one_row_kernel<T, kHeads, 4> : one_row_kernel<T, kHeads, 1>, blocks, kOneThreads,
@@ -294,7 +298,7 @@ void launch_one(const Stream& s, const Step& a, dim3 blocks) {
 }
 
 template <class T>
-void one_row(const Stream& s, Step& a) {
+void one_row(const Stream& s, Step& a, Chain& chain) {
   constexpr int64_t kStretch = 64;
   constexpr int kMostHeads = 8;
   const int64_t count = a.pos + 1 - a.first,
@@ -304,10 +308,10 @@ void one_row(const Stream& s, Step& a) {
   const dim3 blocks(static_cast<unsigned>(a.cache.kv_heads * a.parts), static_cast<unsigned>(splits));
   CHECK(blocks.x <= kTickets &&
         a.q.cols / a.cache.head_dim * splits * (a.cache.head_dim + 2) <= kPartialFloats);
-  if (a.group == 1) return launch_one<T, 1>(s, a, blocks);
-  if (a.group == 2) return launch_one<T, 2>(s, a, blocks);
-  if (a.group <= 4) return launch_one<T, 4>(s, a, blocks);
-  launch_one<T, 8>(s, a, blocks);
+  if (a.group == 1) return launch_one<T, 1>(s, a, chain, blocks);
+  if (a.group == 2) return launch_one<T, 2>(s, a, chain, blocks);
+  if (a.group <= 4) return launch_one<T, 4>(s, a, chain, blocks);
+  launch_one<T, 8>(s, a, chain, blocks);
 }
 
 template <class T>
@@ -328,7 +332,7 @@ void several_rows(const Stream& s, const Step& a, int64_t window) {
 }  // namespace
 
 void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
-            Mat out, const Angles* at, const Scratch& scratch) {
+            Mat out, const Angles* at, const Scratch& scratch, Chain& chain) {
   Step a{q,
          k,
          v,
@@ -341,9 +345,10 @@ void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64
          0,
          static_cast<int>(q.cols / k.cols),
          1,
-         static_cast<float>(1 / std::sqrt(static_cast<double>(cache.head_dim)))};
+         static_cast<float>(1 / std::sqrt(static_cast<double>(cache.head_dim))),
+         {}};
   const bool half = cache.dtype == DType::f16;
-  if (q.rows == 1) return half ? one_row<__half>(s, a) : one_row<float>(s, a);
+  if (q.rows == 1) return half ? one_row<__half>(s, a, chain) : one_row<float>(s, a, chain);
   half ? several_rows<__half>(s, a, window) : several_rows<float>(s, a, window);
 }
 

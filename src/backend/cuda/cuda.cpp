@@ -106,7 +106,6 @@ class CudaBackend final : public Backend {
           x.rows == static_cast<int64_t>(tokens.size()));
     for (int32_t token : tokens) CHECK(token >= 0 && token < table.out);
     flush();
-    row_.begin();
     if (tokens.size() == 1) return cuda::embed(stream_, table, nullptr, tokens[0], x);
     auto* const ids = static_cast<int32_t*>(tokens_.at_least(x.rows * 4));
     check(cudaMemcpyAsync(ids, tokens.data(), tokens.size_bytes(), cudaMemcpyHostToDevice, stream_.stream),
@@ -193,9 +192,9 @@ class CudaBackend final : public Backend {
 
   void rope(Mat q, Mat k, int64_t head_dim, int64_t pos, const float* inv_freq) override {
     CHECK(q.rows == k.rows && q.cols % head_dim == 0 && k.cols % head_dim == 0 && head_dim % 2 == 0);
-    flush();
     prepare_angles(pos, q.rows, head_dim / 2, inv_freq);
     if (q.rows == 1) return row_.rope(q, k, head_dim, angles_);
+    flush();
     cuda::rope(stream_, q, k, head_dim, angles_);
   }
 
@@ -203,10 +202,9 @@ class CudaBackend final : public Backend {
               Mat out) override {
     const CudaKvCache& kv = static_cast<CudaKvCache&>(cache);
     CHECK(pos >= 0 && pos + q.rows <= kv.shape.capacity && layer >= 0 && layer < kv.shape.layers);
-    const bool rotates = q.rows == 1 && row_.take_rope(q, k, kv.shape.head_dim);
+    if (q.rows == 1) return row_.attend(q, k, v, kv.layer(layer), pos, window, out);
     flush();
-    cuda::attend(stream_, q, k, v, kv.layer(layer), pos, window, out, rotates ? &angles_ : nullptr,
-                 row_.scratch());
+    cuda::attend(stream_, q, k, v, kv.layer(layer), pos, window, out, nullptr, row_.scratch(), row_.chain());
   }
 
   void activate(Mat z, const Activation& activation, Mat y) override {
@@ -258,6 +256,7 @@ class CudaBackend final : public Backend {
   /// Layers ask for the same positions one after another: the angles are kept.
   void prepare_angles(int64_t pos, int64_t rows, int64_t half, const float* inv_freq) {
     if (angles_pos_ == pos && angles_rows_ >= rows && angles_half_ == half && inv_freq_ == inv_freq) return;
+    flush();
     angles_.cosine = static_cast<float*>(cosine_.at_least(rows * half * 4));
     angles_.sine = static_cast<float*>(sine_.at_least(rows * half * 4));
     cuda::angles(stream_, pos, rows, half, inv_freq, angles_);

@@ -16,12 +16,9 @@ constexpr int kThreads = 512;
 constexpr int kGroup = 4;  // blocks of a group
 
 // A dependent launch puts its blocks where there is room, two on one multiprocessor and none on another if it
-// comes to that: on 66 of an H200's 132 then, and half of the bandwidth is lost. So launches take turns: two
-// even ones have not enough registers, two odd ones not enough shared memory for both, an even and an odd one
-// have.
-constexpr int kEvenRegisters = 72, kOddRegisters = 56;
-constexpr int64_t kOddShared = 116 << 10;
-constexpr int kEarly = 16;  // channels per thread that are fetched before the row is ready: 17 MB in all
+// comes to that: on 66 of an H200's 132 then, and half of the bandwidth is lost. So a block takes more than
+// half of a multiprocessor's shared memory.
+constexpr int64_t kLeastShared = 116 << 10;
 
 /// How a weight's channels are read: a struct of gemv_types.cuh each.
 enum class Format { f32, f16, bf16, int8, int4, loose_f32, loose_f16, loose_bf16 };
@@ -59,6 +56,7 @@ struct Args {
   Glu glu;
   Input in;
   Scratch scratch;
+  Link link;
 };
 
 /// The outputs of a tile stand side by side: of a run of the parts, or the same outputs of two parts.
@@ -68,8 +66,7 @@ struct Tile {
   int columns;  // in all
 };
 __device__ Tile tile_at(const Args& a, int tile) {
-  const int first = static_cast<int>(static_cast<int64_t>(tile) * a.granules / a.tiles);
-  const int end = static_cast<int>(static_cast<int64_t>(tile + 1) * a.granules / a.tiles);
+  const int first = tile * a.granules / a.tiles, end = (tile + 1) * a.granules / a.tiles;
   const int half = (end - first) * a.granule;
   return {first, half, a.paired ? 2 * half : half};
 }
@@ -255,9 +252,7 @@ __device__ void meet(uint32_t* counter, int blocks) {
     uint32_t seen;
     asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(seen) : "l"(counter) : "memory");
     const auto all = static_cast<uint32_t>(blocks), wanted = (seen / all + 1) * all;
-    do {
-      asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-    } while (static_cast<int32_t>(seen - wanted) < 0);
+    wait_for_count(counter, wanted);
   }
   __syncthreads();
 }
@@ -287,20 +282,6 @@ __device__ void finish(const Args& a, const Tile& tile, int rank, const float* j
   }
 }
 
-/// First channels of a row that is read whole: weights do not depend on what runs before.
-__device__ void prefetch_channels(const Args& a, const Tile& tile, int rank) {
-  constexpr int kSector = 64;
-  const int lane = lane_of(a.format);
-  const Share share = share_of(a, tile, lane, rank);
-  const Place place = place_of(a, tile, share.column);
-  const Lines& lines = a.part[place.part].lines;
-  const int64_t offset = place.output / lane * int64_t{16};
-  if (place.output >= lines.padded || !share.counts || (offset % kSector != 0 && share.column != 0)) return;
-#pragma unroll 1
-  for (int u = 0, e = share.first; u < kEarly && e < a.in.cols; ++u, e += share.step)
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(lines.data + e * lines.line + offset));
-}
-
 __host__ __device__ inline int widest_tile(const Args& a) {
   return (a.granules + a.tiles - 1) / a.tiles * a.granule * (a.paired ? 2 : 1);
 }
@@ -309,17 +290,13 @@ __host__ __device__ inline int skipped_bytes(const Args& a) {
   return a.skips > 0 ? padded_bytes(widest_tile(a), 4) : 0;
 }
 
-template <int kRegisters>
-__global__ void __launch_bounds__(kThreads) __maxnreg__(kRegisters)
-    gemv_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ Args a) {
   const int block = static_cast<int>(blockIdx.x), rank = block % a.group, group = block / a.group;
   const int groups = static_cast<int>(gridDim.x) / a.group;
   float* const skipped = floats_at(0);
   const RowMemory memory = row_memory(a.in, skipped_bytes(a));
   fetch_weights<kThreads>(a.in, memory);
-  if (a.in.select == Selects::all && a.in.source != Source::list && a.skips == 0)
-    prefetch_channels(a, tile_at(a, group), rank);
-  wait_for_inputs();
+  wait_for_inputs(a.link);
 #pragma unroll 1
   for (int t = group; t < a.tiles; t += groups) {
     const Tile tile = tile_at(a, t);
@@ -329,6 +306,7 @@ __global__ void __launch_bounds__(kThreads) __maxnreg__(kRegisters)
     for (int i = 0; i < a.skips; ++i) add_skip(a, tile, rank, a.skip[i], memory.row, skipped);
     // Sums take the row's place, so that every further tile makes it again.
     const Channels channels = prepare_row<kThreads>(a.in, memory);
+    start_next();  // not before: what it does there would hold the row up
     // Two places in turn: a block may be in the next tile while another still reads of this one.
     float* const joined = a.scratch.partial + (group * 2 + t / groups % 2) * a.group * widest_tile(a);
     add_product(a, tile, rank, channels, a.in.list, nullptr, memory.row, [&](int column, float sum) {
@@ -338,6 +316,7 @@ __global__ void __launch_bounds__(kThreads) __maxnreg__(kRegisters)
     meet(a.scratch.meetings + group, a.group);
     finish(a, tile, rank, joined);
   }
+  signal(a.link);
 }
 
 Format format_of(const Weight& w) {
@@ -399,7 +378,7 @@ bool gemv_skips(const Stream& s, const Input& in, const Weight& w, const Weight&
 }
 
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
-          const Glu& glu, const Scratch& scratch, Turn turn) {
+          const Glu& glu, const Scratch& scratch, Chain& chain) {
   CHECK(!products.empty() && products.size() <= kMostProducts && skips.size() <= kMostSkips);
   Args a{};
   a.in = in;
@@ -408,13 +387,11 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   a.format = format_of(products[0].weight);
   a.granule = granule_of(a.format);
   a.paired = glu.mid != nullptr;
-  bool wide = a.format == Format::int4;
   int64_t shared = std::max<int64_t>(sums_bytes(a.format), row_bytes(in));
   for (const Skip& skip : skips) {
     const SkipArgs& args =
         a.skip[a.skips++] = {skip.x, lines_of(skip.weight), static_cast<int>(skip.weight.in)};
     a.granule = std::max(a.granule, granule_of(args.lines.format));
-    wide = wide || args.lines.format == Format::int4;
     shared = std::max({shared, sums_bytes(args.lines.format), skip.weight.in * 4});
   }
   for (const Product& p : products) {
@@ -427,10 +404,9 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   shared += row_memory(in, skipped_bytes(a)).row;
   const int groups = std::min(a.tiles, s.multiprocessors / a.group);
   CHECK(int64_t{2} * groups * a.group * widest_tile(a) <= kPartialFloats && groups <= kTickets);
-  auto* kernel = turn == Turn::odd ? gemv_kernel<kOddRegisters> : gemv_kernel<kEvenRegisters>;
-  if (turn == Turn::odd) shared = std::max(shared, std::min<int64_t>(kOddShared, s.shared_bytes));
-  if (wide) kernel = gemv_kernel<128>;
-  launch_kernel(s, kernel, groups * a.group, kThreads, shared, a);
+  a.link = chain.join(s, static_cast<unsigned>(groups * a.group));
+  launch_kernel(s, gemv_kernel, groups * a.group, kThreads,
+                std::max(shared, std::min<int64_t>(kLeastShared, s.shared_bytes)), a);
 }
 
 }  // namespace larosa::cuda

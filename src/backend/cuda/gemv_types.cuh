@@ -8,12 +8,15 @@
 
 namespace larosa::cuda {
 
-/// 16 bytes that are read once. No branch and no predicate around it: the compiler would wait for each load.
+/// 16 bytes that are read once: they are the first to leave the second-level cache, where code and rows stay.
+/// No branch and no predicate around it: the compiler would wait for each load.
 __device__ inline uint4 load_stream(const void* p) {
+  uint64_t once;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
   uint4 v;
-  asm("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p));
+      : "l"(p), "l"(once));
   return v;
 }
 

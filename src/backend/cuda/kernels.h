@@ -74,10 +74,33 @@ struct Scratch {
 inline constexpr int64_t kPartialFloats = int64_t{4096} * 1024;
 inline constexpr int64_t kTickets = 4096;
 
+/// How a launch waits for the one before: by a counter that grows by one for every block that has ended.
+struct Link {
+  uint32_t* done = nullptr;
+  uint32_t wanted = 0;  // its value once the launch before has ended
+  bool polls = false;   // that one is counted: wait for the counter, not for its grid
+};
+/// Counted launches that follow each other with nothing in between.
+class Chain {
+ public:
+  uint32_t* done = nullptr;  // on the device, zero at first
+  /// The next launch is one of `blocks`, each of which signals.
+  Link join(const Stream& s, unsigned blocks) {
+    const Link link{done, count_, linked_ && s.dependent};
+    count_ += blocks;
+    linked_ = true;
+    return link;
+  }
+  /// Something else is launched next.
+  void cut() { linked_ = false; }
+
+ private:
+  uint32_t count_ = 0;
+  bool linked_ = false;
+};
+
 /// True when gemv makes the row itself; it needs a list of a longer one.
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w);
-/// A launch of the other turn starts beside this one, one of the same turn behind it.
-enum class Turn { even, odd };
 /// True when both can be products of one launch.
 bool gemv_together(const Weight& a, const Weight& b);
 /// True when gemv can add x times `skip` to the product of `in` with w.
@@ -86,7 +109,7 @@ bool gemv_skips(const Stream& s, const Input& in, const Weight& w, const Weight&
 /// of one product, as gemv_skips says. glu: of two products of equal shape.
 inline constexpr int kMostProducts = 4;
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
-          const Glu& glu, const Scratch& scratch, Turn turn);
+          const Glu& glu, const Scratch& scratch, Chain& chain);
 /// The same for one weight in rows layout.
 void gemv_rows(const Stream& s, const Input& in, const Product& product);
 /// Of it the outputs that the list has and whose value is not zero; the others become zero.
@@ -122,7 +145,7 @@ struct CacheLayer {
 };
 /// Appends k, v and attends. One row: q and k are rotated by `at` on the way when it is given.
 void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
-            Mat out, const Angles* at, const Scratch& scratch);
+            Mat out, const Angles* at, const Scratch& scratch, Chain& chain);
 /// Stretches of positions that one row's attention is split into at most.
 inline constexpr int64_t kSplits = 64;
 

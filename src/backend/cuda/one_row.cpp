@@ -26,13 +26,18 @@ bool OneRow::Pending::touches(std::span<const Product> products) const {
 
 OneRow::OneRow(const Stream& stream) : stream_(stream) {
   scratch_.partial = static_cast<float*>(partial_.at_least(kPartialFloats * 4));
-  scratch_.ticket = static_cast<uint32_t*>(tickets_.at_least(2 * kTickets * 4));
+  scratch_.ticket = static_cast<uint32_t*>(tickets_.at_least((2 * kTickets + 1) * 4));
   scratch_.meetings = scratch_.ticket + kTickets;
-  check(cudaMemsetAsync(scratch_.ticket, 0, 2 * kTickets * 4, stream_.stream), "memory");
+  chain_.done = scratch_.meetings + kTickets;
+  check(cudaMemsetAsync(scratch_.ticket, 0, (2 * kTickets + 1) * 4, stream_.stream), "memory");
   check(cudaMemsetAsync(guesses_.at_least(kGuesses * 4), 0, kGuesses * 4, stream_.stream), "memory");
 }
 
 void OneRow::flush() {
+  flush_waiting();
+  chain_.cut();
+}
+void OneRow::flush_waiting() {
   flush_rows();
   flush_skip();
 }
@@ -46,6 +51,7 @@ void OneRow::flush_rows() {
   if (row_) make(*std::exchange(row_, std::nullopt));
   if (rope_) {
     const PendingRope rope = *std::exchange(rope_, std::nullopt);
+    chain_.cut();
     cuda::rope(stream_, rope.q, rope.k, rope.head_dim, rope.at);
   }
 }
@@ -62,6 +68,7 @@ void OneRow::flush_skip() {
 /// The row on its own: the state that the caller of the door believes in.
 void OneRow::make(const Pending& p) {
   const Mat x(const_cast<float*>(p.in.x), 1, p.in.cols);
+  chain_.cut();
   if (p.in.source == Source::norm) cuda::rms_norm(stream_, x, p.in.gain, p.in.eps, p.row);
   if (p.list)
     cuda::select(stream_, p.in.source == Source::row ? x : p.row, p.in, p.list->list, nullptr, nullptr);
@@ -116,13 +123,19 @@ void OneRow::select(Mat x, const Input& rule, CudaSelection& kept) {
 }
 
 void OneRow::rope(Mat q, Mat k, int64_t head_dim, const Angles& at) {
+  flush_waiting();
   rope_ = PendingRope{q, k, head_dim, at};
 }
-bool OneRow::take_rope(Mat q, Mat k, int64_t head_dim) {
-  if (!rope_ || rope_->q.data != q.data || rope_->k.data != k.data || rope_->head_dim != head_dim)
-    return false;
-  rope_.reset();
-  return true;
+
+void OneRow::attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out) {
+  const Angles* at = nullptr;
+  if (rope_ && rope_->q.data == q.data && rope_->k.data == k.data && rope_->head_dim == cache.head_dim) {
+    angles_ = rope_->at;
+    at = &angles_;
+    rope_.reset();
+  }
+  flush_waiting();
+  cuda::attend(stream_, q, k, v, cache, pos, window, out, at, scratch_, chain_);
 }
 
 void OneRow::glu(Mat gate, Mat up, const Activation& activation, Mat mid) {
@@ -143,7 +156,7 @@ void OneRow::rotate(Mat x, const Weight& basis, Mat y, bool accumulate) {
   const bool more = skip_ && accumulate && skip_->y.data == y.data && skip_->y.cols == y.cols &&
                     skip_->count < kMostSkips && !row_;
   if (!more) {
-    flush();
+    flush_waiting();
     if (accumulate) return multiply_from(plain(x), std::span(&product, 1));
     skip_ = PendingSkip{{}, y, {}, 0};
   }
@@ -232,8 +245,7 @@ void OneRow::launch(Pending from, std::span<const Product> products, const Glu& 
     alone.accumulate = false;
     products = std::span(&alone, 1);
   }
-  gemv(stream_, in, products, std::span(skips, count), glu, scratch_, turn_);
-  turn_ = turn_ == Turn::even ? Turn::odd : Turn::even;
+  gemv(stream_, in, products, std::span(skips, count), glu, scratch_, chain_);
 }
 
 /// Where the cut of a weight's row stood the last time: the next one is near it.
@@ -259,12 +271,14 @@ OneRow::Pending OneRow::multiply_rows(Pending from, const Product& product) {
       from = listed(from.list, from.in.cols);
     }
     float* const dense = static_cast<float*>(dense_.at_least(from.in.cols * 4));
+    chain_.cut();
     expand_list(stream_, from.list->list, from.in.cols, dense);
     gemv_rows(stream_, plain(Mat(dense, 1, from.in.cols)).in, product);
     return from;
   }
   Input in = from.in;
   if (in.source == Source::norm) in.values = from.row.data;
+  chain_.cut();
   gemv_rows(stream_, in, product);
   return plain(from.row);
 }

@@ -20,11 +20,10 @@ class OneRow {
  public:
   explicit OneRow(const Stream& stream);
 
-  /// Launches everything that waits.
+  /// Launches everything that waits, for what the caller launches next.
   void flush();
-  /// The next launch is a token's first: o and down, which need the most shared memory, become odd ones.
-  void begin() { turn_ = Turn::even; }
   const Scratch& scratch() const { return scratch_; }
+  Chain& chain() { return chain_; }
 
   /// y becomes the norm of x, no alias; gain may be null.
   void rms_norm(Mat x, const float* gain, float eps, Mat y);
@@ -32,8 +31,8 @@ class OneRow {
   void select(Mat x, const Input& rule, CudaSelection& kept);
   /// Rotates q and k in place. Nothing else waits.
   void rope(Mat q, Mat k, int64_t head_dim, const Angles& at);
-  /// Takes that over if it still waits: then the caller, attention, does it.
-  bool take_rope(Mat q, Mat k, int64_t head_dim);
+  /// Attention of one row, which does that on the way.
+  void attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out);
   /// mid = a(gate) · up.
   void glu(Mat gate, Mat up, const Activation& activation, Mat mid);
   /// y = x R (+ y).
@@ -83,6 +82,7 @@ class OneRow {
   void launch(Pending from, std::span<const Product> products, const Glu& glu);
   Pending multiply_rows(Pending from, const Product& product);
   int32_t* guess_of(const Weight& w);
+  void flush_waiting();
   std::shared_ptr<StoredList> every(int64_t cols);
 
   static constexpr int kGuesses = 4096;
@@ -91,10 +91,11 @@ class OneRow {
   std::optional<PendingRope> rope_;
   std::optional<PendingPair> pair_;
   std::optional<PendingSkip> skip_;
-  Turn turn_ = Turn::even;
   Buffer partial_, tickets_, guesses_, dense_;
   Scratch scratch_;
   std::unordered_map<const void*, int> guess_at_;
+  Chain chain_;
+  Angles angles_;
   std::shared_ptr<StoredList> every_;
   int64_t every_cols_ = 0;
 };

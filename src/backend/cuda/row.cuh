@@ -42,6 +42,10 @@ __device__ void fetch_row(const float* x, int cols, float* to) {
       asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(there + i * 4), "l"(x + i) : "memory");
   }
 }
+__device__ inline void fetch_word(const void* x, void* to) {
+  const auto there = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(there), "l"(x) : "memory");
+}
 /// Until the row is there for every thread.
 __device__ inline void wait_for_row() {
   asm volatile("cp.async.wait_all;" ::: "memory");
@@ -89,23 +93,24 @@ struct Channels {
 };
 
 /// Where a product's block has what: offsets in its memory. Gain and score weights are there before the row
-/// is; a row's values are followed by its list.
+/// is; keys take the place of the weights; a row's values are followed by its list.
 struct RowMemory {
-  int gain, scale;  // or -1
+  int gain, keys;  // or -1
   int row;
+  bool scaled;  // keys begin as score weights
 };
 __host__ __device__ inline int padded_bytes(int cols, int size) {
   return (cols * size + 15) / 16 * 16;
 }
 __host__ __device__ inline RowMemory row_memory(const Input& in, int at) {
   const bool made = in.source != Source::list;
-  RowMemory m{-1, -1, at};
+  RowMemory m{-1, -1, at, made && in.scale};
   if (made && in.source == Source::norm && in.gain) {
     m.gain = m.row;
     m.row += padded_bytes(in.cols, 4);
   }
-  if (made && in.scale) {
-    m.scale = m.row;
+  if (made && (in.scale || in.select != Selects::all)) {
+    m.keys = m.row;
     m.row += padded_bytes(in.cols, 4);
   }
   return m;
@@ -119,37 +124,37 @@ __device__ inline float* floats_at(int offset) {
 
 /// Lists what counts of the row at offset `at`.
 template <int kThreads, class Row>
-__device__ int2 choose(const Row& row, const Input& in, int at) {
-  auto* const near = reinterpret_cast<uint16_t*>(block_memory() + at + padded_bytes(in.cols, 4));
-  const Cut cut = cut_of<kThreads>(row, in, select_scratch<kThreads>().guess);
+__device__ int2 choose(const Row& row, const Rule& rule, int at) {
+  auto* const near = reinterpret_cast<uint16_t*>(block_memory() + at + padded_bytes(rule.cols, 4));
+  const Cut cut = cut_of<kThreads>(row, rule, select_scratch<kThreads>().guess);
   const int2 counts =
       compact<kThreads>(row, cut, [&](int place, int i) { near[place] = static_cast<uint16_t>(i); });
-  if (in.guess && blockIdx.x == 0 && threadIdx.x == 0) __stcg(in.guess, cut.key);
+  if (rule.guess && blockIdx.x == 0 && threadIdx.x == 0) __stcg(rule.guess, cut.key);
   __syncthreads();
   return counts;
 }
-template <int kThreads, int kSteps>
-__device__ __noinline__ int2 choose_keyed(const Input& in, RowMemory memory) {
-  const float* const values = floats_at(memory.row);
-  KeyedRow<kThreads, kSteps> row;
-  row.x = values;
-  row.cols = in.cols;
-  const Run<kThreads> run(in.cols);
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    const int e = run.entry(i);
-    const bool there = i < run.steps && e < in.cols;
-    row.key[i] = !there             ? kNoKey
-                 : memory.scale < 0 ? score_key(values[e], nullptr, e)
-                                    : score_key(values[e], floats_at(memory.scale), e);
-  }
-  return choose<kThreads>(row, in, memory.row);
-}
-
 template <int kThreads>
-__device__ __noinline__ int2 choose_long(const Input& in, RowMemory memory) {
-  const MemoryRow<kThreads> row{floats_at(memory.row), floats_at(memory.scale), in.cols};
-  return choose<kThreads>(row, in, memory.row);
+__device__ __noinline__ int2 choose_keyed(Rule rule, RowMemory memory) {
+  const float* const values = floats_at(memory.row);
+  const float* const scale = floats_at(memory.keys);
+  int* const keys = reinterpret_cast<int*>(floats_at(memory.keys));  // each takes its weight's place
+  const auto store = [&](int first, const int(&key)[4], unsigned there) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (there >> i & 1) keys[first + i * kWarp] = key[i];
+  };
+  if (memory.scaled) {
+    in_fours<kThreads>(
+        rule.cols, kNoKey, [&](int e) { return score_key(values[e], scale, e); }, store);
+  } else {
+    in_fours<kThreads>(
+        rule.cols, kNoKey, [&](int e) { return score_key(values[e], nullptr, e); }, store);
+  }
+  return choose<kThreads>(KeyedRow<kThreads>{values, keys, rule.cols}, rule, memory.row);
+}
+template <int kThreads>
+__device__ __noinline__ int2 choose_all(Rule rule, RowMemory memory) {
+  return choose<kThreads>(MemoryRow<kThreads>{floats_at(memory.row), nullptr, rule.cols}, rule, memory.row);
 }
 
 /// The row of `in` in shared memory and the list of what counts of it. The blocks share in writing both down
@@ -160,8 +165,17 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory) {
     const int count = __ldcg(in.list.counts);
     return {Where::list, 0, 0, count, count};
   }
-  // By one thread: the first block may leave the next guess meanwhile, and a block must have one.
-  if (threadIdx.x == 0) select_scratch<kThreads>().guess = in.guess ? __ldcg(in.guess) : 0;
+  // Once for a block, since the first one may leave the next guess meanwhile; with the row, since a thread
+  // that waits for it by itself is late for everything behind.
+  int& guess = select_scratch<kThreads>().guess;
+  if (threadIdx.x == 0) {
+    if (in.guess) {
+      fetch_word(in.guess, &guess);
+    } else {
+      guess = 0;
+    }
+  }
+  clear_bins<kThreads>();
   float* const values = floats_at(memory.row);
   make_row<kThreads>(in, floats_at(memory.gain), values);
   const Run<kThreads> run(in.cols);
@@ -176,14 +190,8 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory) {
     }
     if (__syncthreads_and(full)) return {Where::all, memory.row, 0, in.cols, in.cols};
   }
-  const auto chosen = [&] {
-    if (run.steps <= 8) return choose_keyed<kThreads, 8>(in, memory);
-    if (run.steps <= 16) return choose_keyed<kThreads, 16>(in, memory);
-    if (run.steps <= 24) return choose_keyed<kThreads, 24>(in, memory);
-    if (run.steps <= 32) return choose_keyed<kThreads, 32>(in, memory);
-    return choose_long<kThreads>(in, memory);
-  };
-  const int2 counts = chosen();
+  const int2 counts = in.select == Selects::all ? choose_all<kThreads>(rule_of(in), memory)
+                                                : choose_keyed<kThreads>(rule_of(in), memory);
   const Channels channels{Where::near, memory.row, memory.row + padded_bytes(in.cols, 4), counts.x, counts.y};
   if (in.list.index) {
     const auto* const near = reinterpret_cast<const uint16_t*>(block_memory() + channels.near);
@@ -205,7 +213,7 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory) {
 template <int kThreads>
 __device__ void fetch_weights(const Input& in, const RowMemory& memory) {
   if (memory.gain >= 0) fetch_row<kThreads>(in.gain, in.cols, floats_at(memory.gain));
-  if (memory.scale >= 0) fetch_row<kThreads>(in.scale, in.cols, floats_at(memory.scale));
+  if (memory.scaled) fetch_row<kThreads>(in.scale, in.cols, floats_at(memory.keys));
 }
 
 }  // namespace larosa::cuda

@@ -24,8 +24,8 @@ __device__ inline int score_key(float x, const float* scale, int i) {
 /// Entries with a key above `key` are kept, and the first `ties` of those that have it.
 struct Cut {
   int key = 0, ties = 0;
-  const int2* warps = nullptr;  // what each warp has above `key`, or null: not counted
-  bool second = false;          // …in .y
+  int counted = -1;     // where SelectScratch::above has what each warp has above `key`, or -1: nowhere
+  bool second = false;  // …in .y
 };
 inline constexpr int kAllTies = 1 << 30;
 
@@ -37,6 +37,10 @@ struct SelectScratch {
   int warp_sum[kWarps], warp_ties[kWarps];
   float reduced[kWarps];
   int guess;
+  // cut_near's, cleared before each row:
+  int bin[kThreads];
+  int found, rank, held;  // the bin that the cut is in, or -1; entries of it to be kept, and all
+  int members, member[kWarp];
 };
 
 /// The block's own, in shared memory.
@@ -56,7 +60,7 @@ template <int kThreads, class Row>
 __device__ int2 count_above(const Row& row, int low, int high, int2* warps) {
   constexpr int kWarps = kThreads / kWarp;
   int x = 0, y = 0;
-  row.each([&](int, int key) {
+  row.template each<4>([&](int, int key) {
     x += key > low;
     y += key > high;
   });
@@ -67,11 +71,6 @@ __device__ int2 count_above(const Row& row, int low, int high, int2* warps) {
   const int2 of_warp = lane() < kWarps ? warps[lane()] : int2{0, 0};
   return {__reduce_add_sync(~0u, of_warp.x), __reduce_add_sync(~0u, of_warp.y)};
 }
-
-/// Two cuts to try next, strictly inside the bracket.
-struct Guesses {
-  int low, high;
-};
 
 /// The cut that keeps exactly `keep` of the row's entries, 0 < keep < cols. guess: a key near it, or 0; it
 /// decides how many passes are made, not what is found.
@@ -114,10 +113,9 @@ __device__ Cut find_cut(const Row& row, int keep, int guess) {
     b = min(max(b, a), width - 1);
     const int first = static_cast<int>(static_cast<unsigned>(low) + a);
     const int second = static_cast<int>(static_cast<unsigned>(low) + b);
-    int2* const warps = s.above[pass % 2];
-    const int2 n = count_above<kThreads>(row, first, second, warps);
-    if (n.x == keep) return {first, 0, warps, false};
-    if (n.y == keep) return {second, 0, warps, true};
+    const int2 n = count_above<kThreads>(row, first, second, s.above[pass % 2]);
+    if (n.x == keep) return {first, 0, pass % 2, false};
+    if (n.y == keep) return {second, 0, pass % 2, true};
     if (n.x < keep) {
       high = first, above_high = n.x, high_known = true;
     } else if (n.y > keep) {
@@ -138,16 +136,107 @@ __device__ Cut find_cut(const Row& row, int keep, int guess) {
   }
 }
 
+/// Which entries are to be kept: what functions that are not inlined take, by value. Read from the kernel's
+/// arguments through a pointer, each word waits for the first-level cache.
+struct Rule {
+  Selects select;
+  int cols, keep;
+  float cut;
+  int32_t* guess;
+};
+__device__ inline Rule rule_of(const Input& in) {
+  return {in.select, in.cols, in.keep, in.cut, in.guess};
+}
+
+template <int kThreads>
+__device__ void clear_bins() {
+  auto& s = select_scratch<kThreads>();
+  s.bin[threadIdx.x] = 0;
+  if (threadIdx.x == 0) s.found = -1, s.members = 0;
+}
+
+/// find_cut where the cut is within a quarter of an octave of `guess`, the cut of another row: one pass
+/// counts the keys around it in bins, which one barrier and a sum over the bins turn into the bin with the
+/// cut; a third of the time its few members are ranked. False: it was not there. Bins are clear.
+template <int kThreads, class Row>
+__device__ bool cut_near(const Row& row, int keep, int guess, Cut& cut) {
+  constexpr int kShift = 13, kWarps = kThreads / kWarp;
+  auto& s = select_scratch<kThreads>();
+  const int low = max(guess - (kThreads << kShift) / 2, 1);
+  int above = 0;
+  row.each_four([&](int, const int(&key)[4], unsigned) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int offset = key[i] - low;
+      above += offset >= kThreads << kShift;
+      if (offset >= 0 && offset < kThreads << kShift) atomicAdd(&s.bin[offset >> kShift], 1);
+    }
+  });
+  above = __reduce_add_sync(~0u, above);
+  if (lane() == 0) s.warp_sum[warp()] = above;
+  __syncthreads();
+  const int bin = kThreads - 1 - static_cast<int>(threadIdx.x);  // from the top
+  const int own = s.bin[bin];
+  int through = own;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int before = __shfl_up_sync(~0u, through, step);
+    if (lane() >= step) through += before;
+  }
+  if (lane() == kWarp - 1) s.warp_ties[warp()] = through;
+  __syncthreads();
+  through += before_warp(s.warp_sum, kWarps) + before_warp(s.warp_ties, warp());
+  if (through - own < keep && keep <= through) {
+    s.found = bin;
+    s.rank = keep - (through - own);
+    s.held = own;
+  }
+  __syncthreads();
+  if (s.found < 0 || s.held > kWarp) return false;
+  const int base = low + (s.found << kShift), rank = s.rank, held = s.held;
+  if (rank == held) {
+    cut = {base - 1, 0};
+  } else {
+    row.template each<1>([&](int, int key) {
+      if (static_cast<unsigned>(key - base) < 1u << kShift) s.member[atomicAdd(&s.members, 1)] = key;
+    });
+    __syncthreads();
+    const int mine = lane() < held ? s.member[lane()] : kNoKey;
+    int greater = 0, equal = 0;
+#pragma unroll 1
+    for (int i = 0; i < held; ++i) {
+      const int other = __shfl_sync(~0u, mine, i);
+      greater += other > mine;
+      equal += other == mine;
+    }
+    const bool last = lane() < held && greater < rank && rank <= greater + equal;
+    const int source = __ffs(static_cast<int>(__ballot_sync(~0u, last))) - 1;
+    const int key = __shfl_sync(~0u, mine, source), ties = rank - __shfl_sync(~0u, greater, source);
+    cut = ties == __shfl_sync(~0u, equal, source) ? Cut{key - 1, 0} : Cut{key, ties};
+  }
+  if (cut.ties > 0) return true;
+  int count = 0;
+  row.template each<4>([&](int, int key) { count += key > cut.key; });
+  count = __reduce_add_sync(~0u, count);
+  if (lane() == 0) s.above[0][warp()].x = count;
+  cut.counted = 0;
+  __syncthreads();
+  return true;
+}
+
 /// What a rule keeps of a row.
 template <int kThreads, class Row>
-__device__ Cut cut_of(const Row& row, const Input& in, int guess) {
-  if (in.select == Selects::all || (in.select == Selects::topk && in.keep == in.cols)) return {0, kAllTies};
-  if (in.select == Selects::threshold) {  // keys are the bits of non-negative floats: so is the cut
-    if (in.cut < 0) return {0, kAllTies};
-    return {in.cut == 0 ? 0 : __float_as_int(in.cut), 0};
+__device__ Cut cut_of(const Row& row, const Rule& rule, int guess) {
+  if (rule.select == Selects::all || (rule.select == Selects::topk && rule.keep == rule.cols))
+    return {0, kAllTies};
+  if (rule.select == Selects::threshold) {  // keys are the bits of non-negative floats: so is the cut
+    if (rule.cut < 0) return {0, kAllTies};
+    return {rule.cut == 0 ? 0 : __float_as_int(rule.cut), 0};
   }
-  if (in.keep == 0) return {kNanKey, 0};
-  return find_cut<kThreads>(row, in.keep, guess);
+  if (rule.keep == 0) return {kNanKey, 0};
+  Cut cut;
+  if (guess > 0 && cut_near<kThreads>(row, rule.keep, guess, cut)) return cut;
+  return find_cut<kThreads>(row, rule.keep, guess);
 }
 
 /// Hands the kept entries to take(place, index), in the order of the index, zeros left out; returns
@@ -157,14 +246,19 @@ __device__ int2 compact(const Row& row, const Cut& cut, const Take& take) {
   constexpr int kWarps = kThreads / kWarp;
   auto& s = select_scratch<kThreads>();
   const uint32_t below = (1u << lane()) - 1;
-  if (cut.warps) {  // a key above another is not zero, nor is its entry
-    const int own = lane() < kWarps ? (cut.second ? cut.warps[lane()].y : cut.warps[lane()].x) : 0;
+  if (cut.counted >= 0) {  // a key above another is not zero, nor is its entry
+    const int2 both = lane() < kWarps ? s.above[cut.counted][lane()] : int2{0, 0};
+    const int own = cut.second ? both.y : both.x;
     int place = __reduce_add_sync(~0u, lane() < warp() ? own : 0);
-    row.each([&](int i, int key) {
-      const bool kept = key > cut.key;
-      const uint32_t mask = __ballot_sync(~0u, kept);
-      if (kept) take(place + __popc(mask & below), i);
-      place += __popc(mask);
+    row.each_four([&](int first, const int(&key)[4], unsigned) {
+      uint32_t mask[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) mask[i] = __ballot_sync(~0u, key[i] > cut.key);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (key[i] > cut.key) take(place + __popc(mask[i] & below), first + i * kWarp);
+        place += __popc(mask[i]);
+      }
     });
     const int total = __reduce_add_sync(~0u, own);
     return {total, total};
@@ -173,14 +267,14 @@ __device__ int2 compact(const Row& row, const Cut& cut, const Take& take) {
   int ties_before = 0;
   if (ranked) {
     int ties = 0;
-    row.each([&](int, int key) { ties += __popc(__ballot_sync(~0u, key == cut.key)); });
+    row.template each<1>([&](int, int key) { ties += __popc(__ballot_sync(~0u, key == cut.key)); });
     if (lane() == 0) s.warp_ties[warp()] = ties;
     __syncthreads();
     ties_before = before_warp(s.warp_ties, warp());
   }
   const auto each_kept = [&](const auto& body) {
     int ties = ties_before;
-    row.each([&](int i, int key) {
+    row.template each<1>([&](int i, int key) {
       bool kept = key > cut.key || (key == cut.key && cut.ties > 0);
       if (ranked) {
         const bool tie = key == cut.key;
@@ -221,6 +315,27 @@ struct Run {
   __device__ int entry(int step) const { return first + step * kWarp; }
 };
 
+/// use(first, four, there) of four entries of a thread at a time, kWarp apart: what load(e) gives of them,
+/// all read before anything is written, or `none` where bit i of `there` is not set, beyond the row. The
+/// compiler would not dare to read one behind another's writing, and wait for each.
+template <int kThreads, class T, class Load, class Use>
+__device__ void in_fours(int cols, T none, const Load& load, const Use& use) {
+  const Run<kThreads> run(cols);
+#pragma unroll 1
+  for (int i = 0; i < run.steps; i += 4) {
+    T four[4];
+    unsigned there = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int e = run.entry(i + j);
+      const bool in_row = i + j < run.steps && e < cols;
+      four[j] = in_row ? load(e) : none;
+      there |= static_cast<unsigned>(in_row) << j;
+    }
+    use(run.entry(i), four, there);
+  }
+}
+
 /// A row in memory, shared or global, of any length; its keys are made anew in every pass.
 template <int kThreads>
 struct MemoryRow {
@@ -229,32 +344,44 @@ struct MemoryRow {
   int cols;
 
   __device__ float value(int i) const { return x[i]; }
-  template <class Body>
+  template <int kUnroll, class Body>
   __device__ void each(const Body& body) const {
     const Run<kThreads> run(cols);
-#pragma unroll 4
+#pragma unroll kUnroll
     for (int i = 0; i < run.steps; ++i) {
       const int e = run.entry(i);
       body(e, e < cols ? score_key(x[e], scale, e) : kNoKey);
     }
   }
+  template <class Body>
+  __device__ void each_four(const Body& body) const {
+    in_fours<kThreads>(
+        cols, kNoKey, [&](int e) { return score_key(x[e], scale, e); }, body);
+  }
 };
 
-/// A row in shared memory with its keys in registers: a pass over it is compares alone.
-template <int kThreads, int kSteps>
+/// A row whose keys stand in memory too. Not in registers, which wants loops without end: the code of all
+/// lengths, 30 to 100 KB each, was fetched anew by every launch and took longer than what it did.
+template <int kThreads>
 struct KeyedRow {
   const float* x;
+  const int* key;
   int cols;
-  int key[kSteps];
 
   __device__ float value(int i) const { return x[i]; }
-  template <class Body>
+  template <int kUnroll, class Body>
   __device__ void each(const Body& body) const {
     const Run<kThreads> run(cols);
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i) {
-      if (i < run.steps) body(run.entry(i), key[i]);
+#pragma unroll kUnroll
+    for (int i = 0; i < run.steps; ++i) {
+      const int e = run.entry(i);
+      body(e, e < cols ? key[e] : kNoKey);
     }
+  }
+  template <class Body>
+  __device__ void each_four(const Body& body) const {
+    in_fours<kThreads>(
+        cols, kNoKey, [&](int e) { return key[e]; }, body);
   }
 };
 

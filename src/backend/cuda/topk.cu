@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = static_cast<int>(threadIdx.x); i < in.cols; i += kThreads) to[i] = 0;
     __syncthreads();
   }
-  const Cut cut = cut_of<kThreads>(row, in, 0);
+  const Cut cut = cut_of<kThreads>(row, rule_of(in), 0);
   const int2 counts = compact<kThreads>(row, cut, [&](int place, int i) {
     if (masked) {
       to[i] = row.value(i);
