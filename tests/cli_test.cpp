@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 
 #include <chrono>
+#include <cmath>
 #include <csignal>
 #include <cstring>
 #include <map>
@@ -434,13 +435,58 @@ TEST_F(Cli, BenchOperations) {
   EXPECT_NE(md.find("larosa, 50.0 % sparse, tg4, "), std::string::npos);
 }
 
+/// Lengths × readings over different prompts, of random tokens and of a text; thresholds too.
+TEST_F(Cli, BenchPrompts) {
+  const Arguments how = {"-p", "0", "-n", "4,8", "-d", "4", "--prompts", "3", "-r", "2", "-t", "1", "-o"};
+  const auto in = [&](Arguments a, const char* format) {
+    a.insert(a.end(), how.begin(), how.end());
+    a.push_back(format);
+    const Outcome o = run(a);
+    EXPECT_EQ(o.code, 0) << o.err;
+    return o.out;
+  };
+  const Outcome teal = run({"sparsify", model(), "-o", dir_ / "teal", "--method", "teal", "--calib", text()});
+  ASSERT_EQ(teal.code, 0) << teal.err;
+  const Arguments random = {"bench", "--config", dir_ / "config.json", "--random-weights"};
+  const Arguments stored = {"bench", dir_ / "teal", "-f", text()};
+  for (const Arguments& a : {random, stored}) {
+    std::map<std::string, int> found;
+    for (const auto& row : nlohmann::json::parse(in(a, "json"))) {
+      ++found[row["method"].get<std::string>() + " " + row["test"].get<std::string>()];
+      EXPECT_EQ(row["n_prompts"], 3);
+      const std::vector<double> rates = row["samples_ts"];
+      ASSERT_EQ(rates.size(), 6u);  // prompt after prompt, then all of them again
+      double mean = 0, squares = 0;
+      for (size_t p = 0; p < 3; ++p) mean += (rates[p] + rates[p + 3]) / 6;
+      for (size_t p = 0; p < 3; ++p) squares += std::pow((rates[p] + rates[p + 3]) / 2 - mean, 2);
+      EXPECT_NEAR(row["prompt_cv"], std::sqrt(squares / 2) / mean, 1e-9);
+    }
+    const std::string method = a == random ? "larosa" : "teal";
+    const std::map<std::string, int> wanted = {
+        {"dense tg4 @ d4", 1}, {"dense tg8 @ d4", 1}, {method + " tg4 @ d4", 1}, {method + " tg8 @ d4", 1}};
+    EXPECT_EQ(found, wanted);
+  }
+  EXPECT_NE(in(random, "md").find("| CV over prompts |"), std::string::npos);
+  EXPECT_NE(in(random, "csv").find(",prompt_cv"), std::string::npos);
+  std::ofstream(dir_ / "short.txt") << "once upon a time";
+  const auto refused = [&](Arguments a, Arguments more, const std::vector<std::string>& words) {
+    a.insert(a.end(), more.begin(), more.end());
+    expect_refused(a, words);
+  };
+  refused(random, {"-f", text(), "--prompts", "3", "-n", "4"}, {"--file", "tokenizer"});
+  refused({"bench", model()}, {"-f", text(), "-n", "4"}, {"--file", "--prompts"});
+  refused({"bench", model()}, {"-f", dir_ / "short.txt", "--prompts", "3", "-p", "0", "-n", "32"},
+          {"short.txt", "34"});
+  refused(random, {"--prompts", "1"}, {"--prompts"});
+}
+
 TEST_F(Cli, BenchRefusesListsThatAreNone) {
   const Arguments a = {"bench", "--config", dir_ / "config.json", "--random-weights", "-p", "0", "-n", "4"};
   for (const Arguments& more : {Arguments{"-t", "1,none"}, Arguments{"-t", "0"}, Arguments{"-t", "1,2000"},
-                                Arguments{"-d", "-1"}, Arguments{"-d", "0,far"}}) {
+                                Arguments{"-d", "-1"}, Arguments{"-d", "0,far"}, Arguments{"-n", "4,-1"}}) {
     Arguments b = a;
     b.insert(b.end(), more.begin(), more.end());
-    expect_refused(b, {more[0] == "-t" ? "--threads" : "--depth"});
+    expect_refused(b, {more[0] == "-t" ? "--threads" : more[0] == "-d" ? "--depth" : "--gen"});
   }
   Arguments b = a;
   b.insert(b.end(), {"-d", "0,1000000"});

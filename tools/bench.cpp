@@ -14,22 +14,28 @@
 #include "calib/methods.h"
 #include "command.h"
 #include "engine/engine_data.h"
+#include "io/files.h"
 #include "io/json.h"
 #include "model/decoder.h"
 #include "model/random.h"
+#include "text/tokenizer.h"
 
 namespace larosa {
 namespace {
 
 struct Flags {
-  std::string model, config, save, format = "md", method = "larosa", weights = "bf16", adapter_weights,
-                                   head_weights, kv = "f32";
+  std::string model, config, save, file, format = "md", method = "larosa", weights = "bf16", adapter_weights,
+                                         head_weights, kv = "f32";
   bool random_weights = false, ops = false;
-  int64_t prompt = 512, gen = 128, reps = 5, shard_mb = 5000;
-  std::vector<int64_t> depths = {0};
+  int64_t prompt = 512, reps = 5, prompts = 0, shard_mb = 5000;
+  std::vector<int64_t> gens = {128}, depths = {0};
   std::vector<int> threads = {0};  // 0: one per available core
   std::vector<double> sparsity;
   MachineOptions machine;
+
+  int64_t deepest() const { return *std::ranges::max_element(depths); }
+  /// Tokens of the longest test.
+  int64_t longest() const { return std::max(prompt, *std::ranges::max_element(gens)); }
 };
 
 /// How the weights of one model are read. Several readings share the memory, so that they differ by nothing
@@ -88,6 +94,40 @@ Plan plan_of(const ModelConfig& config, const std::string& method, double sparsi
   return plan_model(find_method(method), config, choice);
 }
 
+uint64_t next_random(uint64_t& state) {
+  return state = state * 6364136223846793005ull + 1442695040888963407ull;
+}
+int32_t random_token(uint64_t& state, const ModelConfig& config) {
+  return static_cast<int32_t>((next_random(state) >> 33) % static_cast<uint64_t>(config.vocab));
+}
+
+/// What `--prompts` reads, as long as the deepest and longest test: evenly spread stretches of a text, each
+/// behind the token that starts one, or random tokens of a seed each.
+std::vector<std::vector<int32_t>> make_prompts(const Flags& f, const ModelConfig& config) {
+  const auto length = static_cast<size_t>(f.deepest() + f.longest()), count = static_cast<size_t>(f.prompts);
+  std::vector<std::vector<int32_t>> prompts(count);
+  if (f.file.empty()) {
+    for (uint64_t seed = 0; seed < count; ++seed) {
+      uint64_t state = seed << 32;
+      for (size_t i = 0; i < length; ++i) prompts[seed].push_back(random_token(state, config));
+    }
+    return prompts;
+  }
+  const Tokenizer tokenizer = Tokenizer::load(f.model);
+  const std::vector<int32_t> text = tokenizer.encode(read_file(f.file), false);
+  if (text.size() < length + count - 1)
+    fail(f.file, ": ", text.size(), " tokens, ", count, " different prompts of ", length, " need ",
+         length + count - 1);
+  for (size_t p = 0; p < count; ++p) {
+    const size_t first = (text.size() - length) * p / (count - 1);
+    if (tokenizer.adds_special() && tokenizer.bos() >= 0) prompts[p].push_back(tokenizer.bos());
+    const size_t rest = length - prompts[p].size();
+    prompts[p].insert(prompts[p].end(), text.begin() + static_cast<std::ptrdiff_t>(first),
+                      text.begin() + static_cast<std::ptrdiff_t>(first + rest));
+  }
+  return prompts;
+}
+
 /// One timeline whose positions are written again and again.
 class Timeline {
  public:
@@ -104,7 +144,7 @@ class Timeline {
   void fill(int64_t count) {
     const ModelConfig& c = model_.config;
     std::vector<float> values(static_cast<size_t>(Decoder::kBatch * (2 * c.q_dim() + c.kv_dim())));
-    for (float& v : values) v = static_cast<float>(next() >> 40) * 0x1p-23f - 1;
+    for (float& v : values) v = static_cast<float>(next_random(state_) >> 40) * 0x1p-23f - 1;
     const auto size = static_cast<int64_t>(values.size());
     const auto memory = backend_.allocate(size * kFloat);
     auto* const there = static_cast<float*>(memory.get());
@@ -118,6 +158,9 @@ class Timeline {
     }
   }
 
+  /// From now on position i reads text[i], which must live on, instead of a random token.
+  void follow(std::span<const int32_t> text) { text_ = text; }
+
   /// `count` tokens at `pos` …, one after another or together, with the logits after the last of each step;
   /// waits for the result.
   void feed(int64_t pos, int64_t count, bool together, const Pass& pass) {
@@ -126,8 +169,10 @@ class Timeline {
       throw_if_interrupted();
       const int64_t rows = std::min(step, count - first);
       tokens_.resize(static_cast<size_t>(rows));
-      for (int32_t& id : tokens_)
-        id = static_cast<int32_t>((next() >> 33) % static_cast<uint64_t>(model_.config.vocab));
+      for (int64_t i = 0; i < rows; ++i) {
+        tokens_[static_cast<size_t>(i)] =
+            text_.empty() ? random_token(state_, model_.config) : text_[static_cast<size_t>(pos + first + i)];
+      }
       const Mat hidden(static_cast<float*>(hidden_.get()), rows, model_.config.dim);
       decoder_.forward(model_, tokens_, *cache_, pos + first, pass, hidden);
       if (first + rows == count || !together)
@@ -139,7 +184,6 @@ class Timeline {
 
  private:
   static constexpr int64_t kFloat = sizeof(float);
-  uint64_t next() { return state_ = state_ * 6364136223846793005ull + 1442695040888963407ull; }
 
   const Model& model_;
   Backend& backend_;
@@ -147,6 +191,7 @@ class Timeline {
   std::unique_ptr<KvCache> cache_;
   std::shared_ptr<void> hidden_, logits_;
   std::vector<int32_t> tokens_;
+  std::span<const int32_t> text_;
   uint64_t state_ = 1;
 };
 
@@ -196,23 +241,26 @@ struct Task {
 };
 
 /// What a reading's row says before it is timed.
-Row make_row(const Flags& f, const Model& model, const Reading& reading, int64_t depth, bool prompt) {
+Row make_row(const Flags& f, const Model& model, const Reading& reading, int64_t depth, int64_t tokens,
+             bool prompt) {
   const TokenBytes bytes = token_bytes(model, kv_dtype(f.kv));
   Row row;
   row.method = reading.method;
   row.dense = !reading.sparse;
   row.sparsity = bytes.sparsity();
   row.depth = depth;
-  row.tokens = prompt ? f.prompt : f.gen;
+  row.tokens = tokens;
   row.prompt = prompt;
-  const int64_t positions = depth + f.gen / 2;  // the cache's mean length
+  const int64_t positions = depth + tokens / 2;  // the cache's mean length
   row.bytes = prompt ? 0 : static_cast<double>(bytes.sparse(positions));
   row.dense_bytes = prompt ? 0 : static_cast<double>(bytes.dense(positions));
   return row;
 }
 
-/// One repetition. Prompts run dense, as in `run`.
-void time_row(Row& row, Station& station) {
+/// One repetition. Prompts run dense, as in `run`. With a text, what stands before is read from it.
+void time_row(Row& row, Station& station, std::span<const int32_t> text) {
+  station.timeline.follow(text);
+  if (!text.empty()) station.timeline.feed(0, row.depth, true, Pass{true, nullptr});
   station.profile.take();
   const auto start = std::chrono::steady_clock::now();
   station.timeline.feed(row.depth, row.tokens, row.prompt, Pass{row.prompt, nullptr});
@@ -228,28 +276,38 @@ void time_row(Row& row, Station& station) {
   }
 }
 
-Report measure(const Flags& f, Model& model, const std::vector<Reading>& readings) {
+/// A generation or a prompt of so many tokens.
+struct Test {
+  int64_t tokens;
+  bool prompt;
+};
+
+Report measure(const Flags& f, Model& model, const std::vector<Reading>& readings,
+               const std::vector<std::vector<int32_t>>& prompts) {
   Report report;
   report.parameters = parameter_count(model.config);
   report.name = model.config.architecture + " " + short_count(report.parameters) + " " +
                 dtype_name(model.layers[0].weights[Projection::wq].dtype);
   report.operations = f.ops;
+  report.prompts = f.prompts;
   use(model, readings[0]);
   report.bytes = model_bytes(model);
-  const int64_t deepest = *std::max_element(f.depths.begin(), f.depths.end());
+  const int64_t deepest = f.deepest();
+  std::vector<Test> tests;
+  if (f.prompt > 0) tests.push_back({f.prompt, true});
+  for (const int64_t gen : f.gens)
+    if (gen > 0) tests.push_back({gen, false});
   std::vector<std::unique_ptr<Station>> stations;
   std::vector<Task> tasks;
   for (size_t s = 0; s < f.threads.size(); ++s) {
-    stations.push_back(
-        std::make_unique<Station>(f, model, f.threads[s], deepest + std::max(f.prompt, f.gen)));
+    stations.push_back(std::make_unique<Station>(f, model, f.threads[s], deepest + f.longest()));
     Station& station = *stations[s];
     for (const int64_t depth : f.depths) {
-      for (const bool prompt : {true, false}) {
-        if ((prompt ? f.prompt : f.gen) == 0) continue;
+      for (const auto& [tokens, prompt] : tests) {
         for (size_t i = 0; i < readings.size(); ++i) {
           use(model, readings[i]);
           tasks.push_back({i, s});
-          Row& row = report.rows.emplace_back(make_row(f, model, readings[i], depth, prompt));
+          Row& row = report.rows.emplace_back(make_row(f, model, readings[i], depth, tokens, prompt));
           row.backend = station.machine.backend->describe();
           row.threads = station.machine.pool->size();
         }
@@ -259,13 +317,18 @@ Report measure(const Flags& f, Model& model, const std::vector<Reading>& reading
     for (const Reading& reading : readings) {  // touches every page and every code path once
       use(model, reading);
       name_tensors(model, station.profile);
-      if (f.prompt > 0) station.timeline.feed(0, std::min<int64_t>(f.prompt, 16), true, Pass{true, nullptr});
-      if (f.gen > 0) station.timeline.feed(deepest, std::min<int64_t>(f.gen, 2), false, Pass{});
+      for (const auto& [tokens, prompt] : tests) {
+        if (prompt) station.timeline.feed(0, std::min<int64_t>(tokens, 16), true, Pass{true, nullptr});
+        if (!prompt) station.timeline.feed(deepest, std::min<int64_t>(tokens, 2), false, Pass{});
+      }
     }
   }
   constexpr int64_t kBandwidthBytes = int64_t{1} << 29;
-  Progress progress("bench", f.reps * static_cast<int64_t>(tasks.size()), !f.machine.no_progress);
-  for (int64_t rep = 0, done = 0; rep < f.reps; ++rep) {
+  const int64_t reps = f.reps * std::max<int64_t>(f.prompts, 1);
+  Progress progress("bench", reps * static_cast<int64_t>(tasks.size()), !f.machine.no_progress);
+  for (int64_t rep = 0, done = 0; rep < reps; ++rep) {
+    std::span<const int32_t> text;
+    if (!prompts.empty()) text = prompts[static_cast<size_t>(rep) % prompts.size()];
     // Before and after every row: a shared host's bandwidth can double or halve from one second to the next.
     double before = 0;
     for (size_t t = 0; t < tasks.size(); ++t) {
@@ -274,7 +337,7 @@ Report measure(const Flags& f, Model& model, const std::vector<Reading>& reading
       if (t == 0 || tasks[t].station != tasks[t - 1].station) before = bandwidth();
       use(model, readings[tasks[t].reading]);
       Row& row = report.rows[t];
-      time_row(row, station);
+      time_row(row, station, text);
       const double after = bandwidth();
       row.bandwidth.push_back((before + after) / 2);
       before = after;
@@ -331,7 +394,10 @@ int run(const Flags& f, const CLI::App& app) {
     if (!f.random_weights && app.get_option(option)->count() > 0)
       fail(option, ": a stored model is timed as it is; give --config FILE --random-weights to try others");
   }
-  if (f.prompt == 0 && f.gen == 0) fail("--prompt 0 --gen 0: nothing to time");
+  if (f.longest() == 0) fail("--prompt 0 --gen 0: nothing to time");
+  if (!f.file.empty() && f.prompts == 0) fail("--file ", f.file, ": belongs to --prompts N");
+  if (!f.file.empty() && f.random_weights)
+    fail("--file ", f.file, ": random weights have no tokenizer; without it prompts are random tokens");
   catch_interrupts();
   if (!f.save.empty()) {
     ThreadPool pool(f.threads[0]);
@@ -343,11 +409,10 @@ int run(const Flags& f, const CLI::App& app) {
   Machine home = make_machine(options);  // whose memory the model is in
   Model model;
   const std::vector<Reading> readings = load(f, model, home);
-  const int64_t deepest = *std::max_element(f.depths.begin(), f.depths.end());
-  if (deepest + std::max(f.prompt, f.gen) > model.config.context)
-    fail("--depth ", deepest, " and ", std::max(f.prompt, f.gen), " tokens: the model's context is ",
+  if (f.deepest() + f.longest() > model.config.context)
+    fail("--depth ", f.deepest(), " and ", f.longest(), " tokens: the model's context is ",
          model.config.context);
-  print(measure(f, model, readings), f.format);
+  print(measure(f, model, readings, make_prompts(f, model.config)), f.format);
   return 0;
 }
 
@@ -379,13 +444,19 @@ std::function<int()> setup_bench(CLI::App& app) {
   app.add_option("-p,--prompt", f->prompt, "Tokens of the prompt test; 0: none")
       ->check(count)
       ->capture_default_str();
-  app.add_option("-n,--gen", f->gen, "Tokens of the generation test; 0: none")
+  app.add_option("-n,--gen", f->gens, "Tokens of the generation test, several by commas; 0: none")
+      ->delimiter(',')
       ->check(count)
       ->capture_default_str();
   app.add_option("-d,--depth", f->depths, "Tokens that stand in the context before, several by commas")
       ->delimiter(',')
       ->check(count)
       ->capture_default_str();
+  app.add_option("--prompts", f->prompts,
+                 "Different prompts, each timed -r times; how much tokens/s vary from one to the next")
+      ->check(CLI::Range(int64_t{2}, int64_t{1} << 16));
+  app.add_option("-f,--file", f->file,
+                 "Text whose stretches the prompts are (- for standard input; without: random tokens)");
   app.add_option("-r,--reps", f->reps, "Repetitions; the readings alternate within each")
       ->check(CLI::Range(int64_t{1}, int64_t{1000}))
       ->capture_default_str();

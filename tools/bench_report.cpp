@@ -47,10 +47,20 @@ double deviation(const std::vector<double>& values) {
   return values.size() > 1 ? std::sqrt(sum / static_cast<double>(values.size() - 1)) : 0;
 }
 
+/// Coefficient of variation over the prompts: of their medians, so that one slow repetition is not a
+/// prompt's.
+double prompt_variation(const std::vector<double>& rates, int64_t prompts) {
+  std::vector<std::vector<double>> of_prompt(static_cast<size_t>(prompts));
+  for (size_t i = 0; i < rates.size(); ++i) of_prompt[i % of_prompt.size()].push_back(rates[i]);
+  std::vector<double> medians;
+  for (const std::vector<double>& r : of_prompt) medians.push_back(median(r));
+  return deviation(medians) / mean(medians);
+}
+
 /// The first row of the same test that `like` accepts; `row` itself if there is none.
 const Row& find_row(const Report& report, const Row& row, const std::function<bool(const Row&)>& like) {
   for (const Row& other : report.rows) {
-    if (other.depth == row.depth && other.prompt == row.prompt && like(other)) return other;
+    if (other.test() == row.test() && like(other)) return other;
   }
   return row;
 }
@@ -89,6 +99,10 @@ Json row_json(const Report& report, const Row& row) {
     json["bandwidth_share"] =
         bandwidth_share(row.bytes * static_cast<double>(row.tokens), row.seconds, row.bandwidth);
     json["ideal_speedup"] = row.dense_bytes / row.bytes;
+  }
+  if (report.prompts > 0) {
+    json["n_prompts"] = report.prompts;
+    json["prompt_cv"] = prompt_variation(rates, report.prompts);
   }
   json["samples_ts"] = rates;
   return json;
@@ -146,7 +160,8 @@ constexpr Column kRowColumns[] = {{"model", "model"},
                                   {"of bandwidth", "bandwidth_share", 1, 100, " %"},
                                   {"x dense", "speedup", 3},
                                   {"ideal", "ideal_speedup", 3},
-                                  {"x threads", "thread_speedup", 3}};
+                                  {"x threads", "thread_speedup", 3},
+                                  {"CV over prompts", "prompt_cv", 2, 100, " %"}};
 constexpr Column kOperationColumns[] = {{"operation", "operation"},
                                         {"calls/token", "calls_per_token", 2},
                                         {"us/call", "us_per_call", 2},
@@ -202,8 +217,14 @@ void print_md(const Report& report) {
       rows.push_back(json);
       sweep |= row.threads != report.rows[0].threads;
     }
+    std::vector<Column> columns;
+    for (const Column& c : kRowColumns) {
+      const std::string key = c.key;
+      if (key == "thread_speedup" ? sweep : key == "prompt_cv" ? report.prompts > 0 : true)
+        columns.push_back(c);
+    }
     std::printf("\n");
-    print_table(std::span(kRowColumns).first(std::size(kRowColumns) - (sweep ? 0 : 1)), rows);
+    print_table(columns, rows);
     return;
   }
   for (const Row& row : report.rows) {

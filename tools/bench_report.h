@@ -36,6 +36,7 @@ struct Report {
   int64_t bytes = 0;  // of the dense reading's tensors
   int64_t parameters = 0;
   bool operations = false;  // print every row's operations instead of the rows
+  int64_t prompts = 0;      // repetition i read prompt i modulo this; 0: random tokens, no prompts
   std::vector<Row> rows;
 };
 
