@@ -8,17 +8,6 @@ namespace {
 
 using namespace cases;
 
-struct AttendCase {
-  int64_t heads, kv_heads, width, window;
-  std::vector<int64_t> steps;  // rows of each call, one after another
-};
-
-const AttendCase kCases[] = {
-    {1, 1, 2, 0, {1, 1, 1}},           {4, 2, 20, 0, {3, 1, 17, 1}},     {6, 2, 64, 0, {64, 1, 2, 17}},
-    {2, 2, 33, 5, {7, 1, 30, 1}},      {4, 1, 16, 100, {300, 1, 70, 1}}, {2, 1, 64, 0, {1100, 1, 200, 1, 1}},
-    {2, 1, 16, 300, {1500, 1, 3, 64}},
-};
-
 /// All outputs of a case, call after call.
 std::vector<Rows> run(Backend& backend, const AttendCase& c, DType dtype) {
   Random random(8);
@@ -55,7 +44,7 @@ double bound(const AttendCase& c, int64_t positions) {
 
 TEST(Attend, MatchesTruth) {
   const auto ref = make_ref_backend();
-  for (const AttendCase& c : kCases) {
+  for (const AttendCase& c : kAttendCases) {
     for (const DType dtype : kKvTypes) {
       const std::vector<Rows> truth = run(*ref, c, dtype);
       int64_t positions = 0;
@@ -80,7 +69,7 @@ TEST(Attend, MatchesTruth) {
 }
 
 TEST(Attend, ThreadsChangeNoBit) {
-  for (const AttendCase& c : kCases) {
+  for (const AttendCase& c : kAttendCases) {
     for (const DType dtype : {DType::f16, DType::int8}) {
       const Cpu one(isas().front(), 1);
       const std::vector<Rows> expected = run(*one.backend, c, dtype);

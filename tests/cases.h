@@ -60,6 +60,17 @@ inline const std::vector<Activation> kActivations = {{Activation::silu, 0},
                                                      {Activation::relu2, 0},
                                                      {Activation::drelu, 0}};
 
+/// Attention: grouped heads, windows, prompts in pieces.
+struct AttendCase {
+  int64_t heads, kv_heads, width, window;
+  std::vector<int64_t> steps;  // rows of each call, one after another
+};
+inline const std::vector<AttendCase> kAttendCases = {
+    {1, 1, 2, 0, {1, 1, 1}},           {4, 2, 20, 0, {3, 1, 17, 1}},     {6, 2, 64, 0, {64, 1, 2, 17}},
+    {2, 2, 33, 5, {7, 1, 30, 1}},      {4, 1, 16, 100, {300, 1, 70, 1}}, {2, 1, 64, 0, {1100, 1, 200, 1, 1}},
+    {2, 1, 16, 300, {1500, 1, 3, 64}},
+};
+
 inline constexpr double kUnit = 0x1p-24;  // relative error of one float32 rounding
 
 /// Bound of the error of a float32 sum of n products in any order, times Σ|x·w|; Higham, Accuracy and

@@ -1,8 +1,11 @@
 // Attention over the cache. One row: a block per key/value head and stretch of positions, which also rotates
 // the query and appends the new key and value; the last stretch to finish joins them in order. Several rows:
-// blocks of queries walk over tiles of keys.
+// blocks of queries walk over tiles of keys. An int8 cache keeps levels, which are multiplied as they are:
+// the scale of a position is taken up by its score and by its weight.
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
+#include <type_traits>
 
 #include "backend/cuda/device.cuh"
 #include "backend/cuda/launch.h"
@@ -26,8 +29,12 @@ struct Step {
   Link link;
 };
 
-__device__ int64_t cache_line(const CacheLayer& c, int64_t head, int64_t position) {
-  return (head * c.capacity + position) * c.head_dim;
+template <class T>
+constexpr bool kLevels = std::is_same_v<T, int8_t>;
+
+/// Where a head's position stands: `head_dim` elements, and with int8 a scale.
+__device__ int64_t place_of(const CacheLayer& c, int64_t head, int64_t position) {
+  return head * c.capacity + position;
 }
 
 /// Entry e of a head, rotated where angles are given.
@@ -38,9 +45,49 @@ __device__ float turned(const float* head, int e, int width, const Angles& at) {
   return e < half ? pair.x : pair.y;
 }
 
+struct Most {
+  __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return max(a, b); }
+};
+/// One head's key or value, entry(e) of it, as levels and a scale (KvShape); by one warp.
+template <class Entry>
+__device__ void store_levels(const Entry& entry, int width, int8_t* to, float* scale) {
+  float x[kWidestHead / kWarp];
+  uint32_t bits = 0;  // of |x|: integers order like them and let no NaN slip through
+#pragma unroll
+  for (int i = 0; i < kWidestHead / kWarp; ++i) {
+    const int e = lane() + i * kWarp;
+    x[i] = e < width ? entry(e) : 0.0f;
+    bits = max(bits, __float_as_uint(x[i]) & 0x7fffffffu);
+  }
+  const float most = __uint_as_float(warp_reduce(bits, Most()));
+  const bool tiny = most < 0x1p-100f, good = !tiny && most <= FLT_MAX;
+  const float inverse = __fdiv_rn(127.0f, most);
+#pragma unroll
+  for (int i = 0; i < kWidestHead / kWarp; ++i) {
+    const int e = lane() + i * kWarp;
+    if (e < width) to[e] = static_cast<int8_t>(good ? __float2int_rn(__fmul_rn(x[i], inverse)) : 0);
+  }
+  if (lane() == 0) *scale = good ? __fdiv_rn(most, 127.0f) : tiny ? 0.0f : NAN;
+}
+
+/// Element e of a stored key or value.
+template <class T>
+__device__ float stored(const void* elements, const float* scales, int64_t place, int width, int e) {
+  const float v = widen(static_cast<const T*>(elements)[place * width + e]);
+  if constexpr (kLevels<T>) {
+    return __fmul_rn(scales[place], v);
+  } else {
+    return v;
+  }
+}
+
+/// Elements as they are stored: levels without their scale.
 template <class T, int kVector>
 __device__ void load_vector(const T* from, float (&to)[kVector]) {
-  if constexpr (kVector == 4 && sizeof(T) == 2) {
+  if constexpr (kVector == 4 && sizeof(T) == 1) {
+    const char4 raw = *reinterpret_cast<const char4*>(from);
+    to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
+  } else if constexpr (kVector == 4 && sizeof(T) == 2) {
     const uint2 raw = *reinterpret_cast<const uint2*>(from);
     const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
     const float2 b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
@@ -75,10 +122,17 @@ __global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_const
     q[i] = h < heads ? turned(a.q.data + (first_head + h) * width, i % width, width, a.at) * a.scale : 0;
   }
   if (end == a.pos + 1) {
-    const int64_t line = cache_line(a.cache, kv_head, a.pos);
-    for (int e = static_cast<int>(threadIdx.x); e < width; e += kOneThreads) {
-      narrow(turned(a.k.data + kv_head * width, e, width, a.at), keys[line + e]);
-      narrow(__ldcg(a.v.data + kv_head * width + e), values[line + e]);
+    const int64_t place = place_of(a.cache, kv_head, a.pos), line = place * width;
+    const auto key = [&](int e) { return turned(a.k.data + kv_head * width, e, width, a.at); };
+    const auto value = [&](int e) { return __ldcg(a.v.data + kv_head * width + e); };
+    if constexpr (kLevels<T>) {
+      if (warp() == 0) store_levels(key, width, keys + line, a.cache.key_scales + place);
+      if (warp() == 1) store_levels(value, width, values + line, a.cache.value_scales + place);
+    } else {
+      for (int e = static_cast<int>(threadIdx.x); e < width; e += kOneThreads) {
+        narrow(key(e), keys[line + e]);
+        narrow(value(e), values[line + e]);
+      }
     }
   }
   __syncthreads();
@@ -87,9 +141,11 @@ __global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_const
   constexpr int kPositions = kWarp / kSharers;
   for (int j = static_cast<int>(threadIdx.x) / kSharers;
        j < (count + kPositions - 1) / kPositions * kPositions; j += kOneThreads / kSharers) {
-    float dot[kHeads] = {};
+    float dot[kHeads] = {}, unit = 1;
     if (j < count) {
-      const T* key = keys + cache_line(a.cache, kv_head, begin + j);
+      const int64_t place = place_of(a.cache, kv_head, begin + j);
+      const T* key = keys + place * width;
+      if constexpr (kLevels<T>) unit = a.cache.key_scales[place];
 #pragma unroll 4
       for (int e = static_cast<int>(threadIdx.x) % kSharers * kVector; e < width; e += kSharers * kVector) {
         float k[kVector];
@@ -106,6 +162,7 @@ __global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_const
       float score = dot[h];
 #pragma unroll
       for (int step = 1; step < kSharers; step *= 2) score += __shfl_xor_sync(~0u, score, step);
+      if constexpr (kLevels<T>) score *= unit;
       if (j < count && threadIdx.x % kSharers == 0) weight[h * a.per + j] = score;
     }
   }
@@ -115,7 +172,12 @@ __global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_const
     float most = -INFINITY, sum = 0;
     for (int j = lane(); j < count; j += kWarp) most = Larger()(most, w[j]);
     most = warp_reduce(most, Larger());
-    for (int j = lane(); j < count; j += kWarp) sum += w[j] = expf(w[j] - most);
+    for (int j = lane(); j < count; j += kWarp) {
+      const float share = expf(w[j] - most);
+      sum += share;
+      w[j] = share;
+      if constexpr (kLevels<T>) w[j] = share * a.cache.value_scales[place_of(a.cache, kv_head, begin + j)];
+    }
     sum = warp_reduce(sum, Add());
     if (lane() == 0) {
       top[h] = most;
@@ -135,7 +197,7 @@ __global__ void __launch_bounds__(kOneThreads) one_row_kernel(const __grid_const
 #pragma unroll 8
       for (int j = line; j < count; j += lines) {
         float x[kVector];
-        load_vector<T, kVector>(values + cache_line(a.cache, kv_head, begin + j) + v * kVector, x);
+        load_vector<T, kVector>(values + place_of(a.cache, kv_head, begin + j) * width + v * kVector, x);
 #pragma unroll
         for (int h = 0; h < kHeads; ++h) {
 #pragma unroll
@@ -203,10 +265,24 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) append_kernel(Mat k, Mat v, CacheLayer cache, int64_t pos) {
   wait_for_inputs();
   const int64_t t = blockIdx.x, width = cache.head_dim;
-  for (int64_t i = threadIdx.x; i < k.cols; i += kThreads) {
-    const int64_t to = cache_line(cache, i / width, pos + t) + i % width;
-    narrow(k.data[t * k.stride + i], static_cast<T*>(cache.keys)[to]);
-    narrow(v.data[t * v.stride + i], static_cast<T*>(cache.values)[to]);
+  T* const keys = static_cast<T*>(cache.keys);
+  T* const values = static_cast<T*>(cache.values);
+  if constexpr (kLevels<T>) {
+    for (int64_t head = warp(); head < cache.kv_heads; head += kWarps) {
+      const int64_t place = place_of(cache, head, pos + t);
+      const float* const key = k.data + t * k.stride + head * width;
+      const float* const value = v.data + t * v.stride + head * width;
+      store_levels([&](int e) { return key[e]; }, static_cast<int>(width), keys + place * width,
+                   cache.key_scales + place);
+      store_levels([&](int e) { return value[e]; }, static_cast<int>(width), values + place * width,
+                   cache.value_scales + place);
+    }
+  } else {
+    for (int64_t i = threadIdx.x; i < k.cols; i += kThreads) {
+      const int64_t to = place_of(cache, i / width, pos + t) * width + i % width;
+      narrow(k.data[t * k.stride + i], keys[to]);
+      narrow(v.data[t * v.stride + i], values[to]);
+    }
   }
 }
 
@@ -241,9 +317,9 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     for (int i = static_cast<int>(threadIdx.x); i < kKeys * width; i += kThreads) {
       const int j = i / width, e = i % width;
-      const int64_t line = cache_line(cache, kv_head, min(begin + j, stop - 1)) + e;
-      keys[j * (width + 1) + e] = widen(static_cast<const T*>(cache.keys)[line]);
-      values[i] = widen(static_cast<const T*>(cache.values)[line]);
+      const int64_t place = place_of(cache, kv_head, min(begin + j, stop - 1));
+      keys[j * (width + 1) + e] = stored<T>(cache.keys, cache.key_scales, place, width, e);
+      values[i] = stored<T>(cache.values, cache.value_scales, place, width, e);
     }
     __syncthreads();
 #pragma unroll
@@ -288,29 +364,41 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+/// Query heads of one row that a block takes together, of a key/value head's group.
+int64_t heads_together(int64_t group) {
+  return group <= 2 ? group : group <= 4 ? 4 : 8;
+}
+/// Floats of shared memory: queries, scores, and the threads' sums.
+int64_t one_row_floats(int64_t heads, int64_t width, int64_t per) {
+  return heads * (width + per + kOneThreads * (width % 4 == 0 ? 4 : 1));
+}
+/// Stretches that `count` positions are split into: more than kSplits where their scores would not fit.
+int64_t splits_of(const Stream& s, int64_t group, int64_t width, int64_t count) {
+  constexpr int64_t kStretch = 64;
+  const int64_t heads = heads_together(group),
+                room = (s.shared_bytes / 4 - one_row_floats(heads, width, 0)) / heads;
+  return std::max(std::clamp<int64_t>((count + kStretch - 1) / kStretch, 1, kSplits),
+                  (count + room - 1) / room);
+}
+
 template <class T, int kHeads>
 void launch_one(const Stream& s, Step& a, Chain& chain, dim3 blocks) {
   a.link = chain.join(s, blocks.x * blocks.y);
-  const bool vectors = a.cache.head_dim % 4 == 0;
-  const int64_t floats = kHeads * (a.cache.head_dim + a.per + kOneThreads * (vectors ? 4 : 1));
-  launch_kernel(s, vectors ? one_row_kernel<T, kHeads, 4> : one_row_kernel<T, kHeads, 1>, blocks, kOneThreads,
-                floats * 4, a);
+  launch_kernel(s, a.cache.head_dim % 4 == 0 ? one_row_kernel<T, kHeads, 4> : one_row_kernel<T, kHeads, 1>,
+                blocks, kOneThreads, 4 * one_row_floats(kHeads, a.cache.head_dim, a.per), a);
 }
 
 template <class T>
 void one_row(const Stream& s, Step& a, Chain& chain) {
-  constexpr int64_t kStretch = 64;
-  constexpr int kMostHeads = 8;
-  const int64_t count = a.pos + 1 - a.first,
-                splits = std::clamp<int64_t>((count + kStretch - 1) / kStretch, 1, kSplits);
+  const int64_t count = a.pos + 1 - a.first, splits = splits_of(s, a.group, a.cache.head_dim, count);
+  const int heads = static_cast<int>(heads_together(a.group));
   a.per = (count + splits - 1) / splits;
-  a.parts = (a.group + kMostHeads - 1) / kMostHeads;
+  a.parts = (a.group + heads - 1) / heads;
   const dim3 blocks(static_cast<unsigned>(a.cache.kv_heads * a.parts), static_cast<unsigned>(splits));
-  CHECK(blocks.x <= kTickets &&
-        a.q.cols / a.cache.head_dim * splits * (a.cache.head_dim + 2) <= kPartialFloats);
-  if (a.group == 1) return launch_one<T, 1>(s, a, chain, blocks);
-  if (a.group == 2) return launch_one<T, 2>(s, a, chain, blocks);
-  if (a.group <= 4) return launch_one<T, 4>(s, a, chain, blocks);
+  CHECK(blocks.x <= kTickets);
+  if (heads == 1) return launch_one<T, 1>(s, a, chain, blocks);
+  if (heads == 2) return launch_one<T, 2>(s, a, chain, blocks);
+  if (heads == 4) return launch_one<T, 4>(s, a, chain, blocks);
   launch_one<T, 8>(s, a, chain, blocks);
 }
 
@@ -329,7 +417,16 @@ void several_rows(const Stream& s, const Step& a, int64_t window) {
                 a.out);
 }
 
+template <class T>
+void attend_as(const Stream& s, Step& a, int64_t window, Chain& chain) {
+  a.q.rows == 1 ? one_row<T>(s, a, chain) : several_rows<T>(s, a, window);
+}
+
 }  // namespace
+
+int64_t attend_partial(const Stream& s, int64_t heads, const KvShape& shape) {
+  return heads * splits_of(s, heads / shape.kv_heads, shape.head_dim, shape.capacity) * (shape.head_dim + 2);
+}
 
 void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
             Mat out, const Angles* at, const Scratch& scratch, Chain& chain) {
@@ -347,9 +444,9 @@ void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64
          1,
          static_cast<float>(1 / std::sqrt(static_cast<double>(cache.head_dim))),
          {}};
-  const bool half = cache.dtype == DType::f16;
-  if (q.rows == 1) return half ? one_row<__half>(s, a, chain) : one_row<float>(s, a, chain);
-  half ? several_rows<__half>(s, a, window) : several_rows<float>(s, a, window);
+  if (cache.dtype == DType::f32) return attend_as<float>(s, a, window, chain);
+  if (cache.dtype == DType::f16) return attend_as<__half>(s, a, window, chain);
+  attend_as<int8_t>(s, a, window, chain);
 }
 
 }  // namespace larosa::cuda

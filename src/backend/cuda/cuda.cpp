@@ -1,5 +1,6 @@
 // The CUDA backend: rows by the many here, one row (decoding) through OneRow. Whatever else happens first
 // launches what waits there.
+#include <algorithm>
 #include <memory>
 #include <sstream>
 #include <vector>
@@ -16,8 +17,6 @@ namespace larosa {
 namespace cuda {
 
 namespace {
-
-constexpr int64_t kWidestHead = 256;
 
 /// Chooses the device before anything is allocated on it.
 Stream make_stream(int device) {
@@ -94,8 +93,7 @@ class CudaBackend final : public Backend {
     return std::make_unique<CudaSelection>(rows, cols);
   }
   std::unique_ptr<KvCache> make_kv_cache(const KvShape& shape) override {
-    if (shape.dtype != DType::f32 && shape.dtype != DType::f16)
-      fail("cuda: a key/value cache of ", dtype_name(shape.dtype), " is not supported, expected f32 or f16");
+    CHECK(std::ranges::count(kKvTypes, shape.dtype) == 1);
     if (shape.head_dim > kWidestHead)
       fail("cuda: heads of ", shape.head_dim, " entries are not supported, expected at most ", kWidestHead);
     return std::make_unique<CudaKvCache>(shape);
@@ -202,7 +200,11 @@ class CudaBackend final : public Backend {
               Mat out) override {
     const CudaKvCache& kv = static_cast<CudaKvCache&>(cache);
     CHECK(pos >= 0 && pos + q.rows <= kv.shape.capacity && layer >= 0 && layer < kv.shape.layers);
-    if (q.rows == 1) return row_.attend(q, k, v, kv.layer(layer), pos, window, out);
+    if (q.rows == 1) {
+      const int64_t heads = q.cols / kv.shape.head_dim;
+      void* const partial = partial_.at_least(4 * attend_partial(stream_, heads, kv.shape));
+      return row_.attend(q, k, v, kv.layer(layer), pos, window, out, static_cast<float*>(partial));
+    }
     flush();
     cuda::attend(stream_, q, k, v, kv.layer(layer), pos, window, out, nullptr, row_.scratch(), row_.chain());
   }
@@ -271,6 +273,7 @@ class CudaBackend final : public Backend {
   Matmul matmul_;
   OneRow row_;
   Buffer tokens_, cosine_, sine_;
+  Buffer partial_;  // attention's
   Angles angles_;
   int64_t angles_pos_ = -1, angles_rows_ = 0, angles_half_ = 0;
   const float* inv_freq_ = nullptr;

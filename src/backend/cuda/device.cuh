@@ -116,6 +116,9 @@ __device__ inline float2 rotate_pair(float a, float b, float cosine, float sine)
 __device__ inline float widen(float v) {
   return v;
 }
+__device__ inline float widen(int8_t v) {
+  return v;
+}
 __device__ inline float widen(__half v) {
   return __half2float(v);
 }

@@ -136,18 +136,26 @@ void angles(const Stream& s, int64_t pos, int64_t rows, int64_t half, const floa
             const Angles& to);
 void rope(const Stream& s, Mat q, Mat k, int64_t head_dim, const Angles& at);
 
-/// One layer of a cache: keys and values (kv_heads, capacity, head_dim).
+/// One layer of a cache: keys and values (kv_heads, capacity, head_dim), with int8 their scales (kv_heads,
+/// capacity).
 struct CacheLayer {
   void* keys = nullptr;
   void* values = nullptr;
+  float* key_scales = nullptr;
+  float* value_scales = nullptr;
   DType dtype = DType::f32;
   int64_t kv_heads = 0, head_dim = 0, capacity = 0;
 };
-/// Appends k, v and attends. One row: q and k are rotated by `at` on the way when it is given.
+inline constexpr int kWidestHead = 256;
+/// Appends k, v and attends. One row: q and k are rotated by `at` on the way when it is given, and
+/// scratch.partial has attend_partial floats.
 void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
             Mat out, const Angles* at, const Scratch& scratch, Chain& chain);
-/// Stretches of positions that one row's attention is split into at most.
+/// Stretches of positions that one row's attention is split into at most, as long as a block's shared memory
+/// holds their scores: 8 query heads a key/value head of 128, 99 KB: 108,000 positions.
 inline constexpr int64_t kSplits = 64;
+/// Floats that the stretches of one row of `heads` query heads leave their sums in, whatever its position.
+int64_t attend_partial(const Stream& s, int64_t heads, const KvShape& shape);
 
 /// Elements [first, first + count) of the outputs of `w`, as f32 or bf16, all inputs: rows layout (count, in)
 /// with `pitch` elements a line, channels (in, count). What pitch leaves over is zero.

@@ -127,7 +127,8 @@ void OneRow::rope(Mat q, Mat k, int64_t head_dim, const Angles& at) {
   rope_ = PendingRope{q, k, head_dim, at};
 }
 
-void OneRow::attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out) {
+void OneRow::attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out,
+                    float* partial) {
   const Angles* at = nullptr;
   if (rope_ && rope_->q.data == q.data && rope_->k.data == k.data && rope_->head_dim == cache.head_dim) {
     angles_ = rope_->at;
@@ -135,7 +136,9 @@ void OneRow::attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, i
     rope_.reset();
   }
   flush_waiting();
-  cuda::attend(stream_, q, k, v, cache, pos, window, out, at, scratch_, chain_);
+  Scratch scratch = scratch_;
+  scratch.partial = partial;
+  cuda::attend(stream_, q, k, v, cache, pos, window, out, at, scratch, chain_);
 }
 
 void OneRow::glu(Mat gate, Mat up, const Activation& activation, Mat mid) {

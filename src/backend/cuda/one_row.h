@@ -31,8 +31,9 @@ class OneRow {
   void select(Mat x, const Input& rule, CudaSelection& kept);
   /// Rotates q and k in place. Nothing else waits.
   void rope(Mat q, Mat k, int64_t head_dim, const Angles& at);
-  /// Attention of one row, which does that on the way.
-  void attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out);
+  /// Attention of one row, which does that on the way; partial: attend_partial floats.
+  void attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out,
+              float* partial);
   /// mid = a(gate) · up.
   void glu(Mat gate, Mat up, const Activation& activation, Mat mid);
   /// y = x R (+ y).

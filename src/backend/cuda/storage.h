@@ -43,22 +43,38 @@ class CudaSelection final : public Selection {
   Buffer masked, kept;
 };
 
+/// By layer keys and values (G, capacity, E); with int8 behind all of them by layer the scales of both.
 class CudaKvCache final : public KvCache {
  public:
-  explicit CudaKvCache(const KvShape& s) : shape(s), data(allocate_device(s.capacity * bytes_per_token())) {}
+  explicit CudaKvCache(const KvShape& s)
+      : shape(s),
+        positions(s.kv_heads * s.capacity),
+        part(positions * s.head_dim * (s.dtype == DType::int8 ? 1 : dtype_size(s.dtype))),
+        scales_at((2 * s.layers * part + 3) / 4 * 4),
+        data(allocate_device(scales_at + (s.dtype == DType::int8 ? 2 * s.layers * positions * 4 : 0))) {}
   ~CudaKvCache() override { cudaFree(data); }
   CudaKvCache(const CudaKvCache&) = delete;
   CudaKvCache& operator=(const CudaKvCache&) = delete;
-  int64_t bytes_per_token() const override {
-    return 2 * shape.layers * shape.kv_heads * shape.head_dim * dtype_size(shape.dtype);
-  }
+  int64_t bytes_per_token() const override { return shape.bytes_per_token(); }
   CacheLayer layer(int64_t l) const {
-    const int64_t size = shape.kv_heads * shape.capacity * shape.head_dim * dtype_size(shape.dtype);
-    char* keys = static_cast<char*>(data) + 2 * l * size;
-    return {keys, keys + size, shape.dtype, shape.kv_heads, shape.head_dim, shape.capacity};
+    char* const keys = static_cast<char*>(data) + 2 * l * part;
+    CacheLayer layer;
+    layer.keys = keys;
+    layer.values = keys + part;
+    layer.dtype = shape.dtype;
+    layer.kv_heads = shape.kv_heads;
+    layer.head_dim = shape.head_dim;
+    layer.capacity = shape.capacity;
+    if (shape.dtype == DType::int8) {
+      layer.key_scales = reinterpret_cast<float*>(static_cast<char*>(data) + scales_at) + 2 * l * positions;
+      layer.value_scales = layer.key_scales + positions;
+    }
+    return layer;
   }
 
   const KvShape shape;
+  const int64_t positions;        // of one layer, all heads
+  const int64_t part, scales_at;  // bytes of a layer's keys or values; where the scales begin
   void* const data;
 };
 
