@@ -1,6 +1,7 @@
 // Rounding by moments: with nothing to compensate it is the nearest rounding, else the products are nearer.
 #include "calib/gptq.h"
 
+#include "backend/algebra.h"
 #include "base/quant.h"
 #include "base/thread_pool.h"
 #include "cases.h"
@@ -30,7 +31,8 @@ struct Case {
   }
   FoldedTensor rounded(DType t, int threads) const {
     ThreadPool pool(threads);
-    return round_by_moments("w", weight, t, rounding_factor(Matrix(moments), 0.01), pool);
+    const RoundingFactor factor = rounding_factor(Matrix(moments), 0.01, *make_host_algebra(pool));
+    return round_by_moments("w", weight, t, factor, pool);
   }
   FoldedTensor nearest(DType t) const {
     ThreadPool pool(1);

@@ -1,6 +1,7 @@
 // Products of low rank: the nearest one to a matrix, and what the decoder makes of them.
 #include <gtest/gtest.h>
 
+#include "backend/algebra.h"
 #include "calib/matrix.h"
 #include "calib/sparsify.h"
 #include "model_fixture.h"
@@ -31,30 +32,32 @@ double distance(const Matrix& a, const Matrix& b) {
 
 TEST(LowRank, IsTheNearestProduct) {
   ThreadPool pool(2);
+  const auto algebra = make_host_algebra(pool);
   for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{40, 17}, {17, 40}, {24, 24}}) {
     const Matrix m = random_matrix(rows, cols, 3);
     double before = squares(m);
     for (const int64_t rank : {int64_t{1}, int64_t{4}, std::min(rows, cols)}) {
-      const auto [in, out] = low_rank(m, rank, pool);
+      const auto [in, out] = low_rank(m, rank, *algebra);
       ASSERT_EQ(in.cols, rank);
       ASSERT_EQ(out.rows, rank);
-      const Matrix product = multiply(in, out, pool);
+      const Matrix product = algebra->multiply(in, out);
       const double off = distance(m, product);
       EXPECT_NEAR(off, squares(m) - squares(product), 1e-9 * squares(m));  // a projection
       EXPECT_LT(off, before);
       before = off;
       // No other product of this rank is nearer: none of those that random subspaces give, for one.
       const Matrix other = random_matrix(rows, rank, 5);
-      const auto [basis, rest] = low_rank(multiply(other, random_matrix(rank, cols, 7), pool), rank, pool);
+      const auto [basis, rest] =
+          low_rank(algebra->multiply(other, random_matrix(rank, cols, 7)), rank, *algebra);
       // The shorter side's factor is the orthonormal one.
-      const Matrix projected = rows <= cols ? multiply(basis, multiply_transposed(basis, m, pool), pool)
-                                            : multiply(multiply(m, transposed(rest), pool), rest, pool);
+      const Matrix projected = rows <= cols ? algebra->multiply(basis, algebra->multiply_transposed(basis, m))
+                                            : algebra->multiply(algebra->multiply(m, transposed(rest)), rest);
       EXPECT_LE(off, distance(m, projected) + 1e-9 * squares(m));
     }
     EXPECT_LT(before, 1e-18 * squares(m));
-    const Matrix small = multiply(random_matrix(rows, 3, 9), random_matrix(3, cols, 11), pool);
-    const auto [in, out] = low_rank(small, 3, pool);
-    EXPECT_LT(distance(small, multiply(in, out, pool)), 1e-18 * squares(small));
+    const Matrix small = algebra->multiply(random_matrix(rows, 3, 9), random_matrix(3, cols, 11));
+    const auto [in, out] = low_rank(small, 3, *algebra);
+    EXPECT_LT(distance(small, algebra->multiply(in, out)), 1e-18 * squares(small));
   }
 }
 

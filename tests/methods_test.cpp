@@ -454,7 +454,8 @@ TEST_F(Methods, TrialsMeasureTheLayersOutput) {
   make(demo_model(), dir / "out", with_sparsity(0.5));
   Model model = load_model(dir / "out");
   const auto tokens = some_tokens(model.config.vocab, 4 * kWindow, 3);
-  Calibration calibration(model.outer, model.config, *backend_, pool_, tokens, kWindow);
+  const auto algebra = backend_->make_algebra(pool_);
+  Calibration calibration(model.outer, model.config, *backend_, *algebra, tokens, kWindow);
   const LayerPlan sparse = model.layers[0].plan;
   Trial trial = calibration.trial(model.layers[0], 0);
   LayerPlan whole = sparse, half = sparse;

@@ -237,7 +237,8 @@ TEST_F(Sparsify, CalibrationWalksAsTheDecoderDoes) {
     const auto cache = backend_->make_kv_cache({c.layers, c.kv_heads, c.head_dim, kWindow, DType::f32});
     std::vector<float> hidden(static_cast<size_t>(kWindow * c.dim));
     decoder.forward(model, tokens, *cache, 0, Pass{false, &expected}, Mat(hidden.data(), kWindow, c.dim));
-    Calibration calibration(model.outer, c, *backend_, pool_, tokens, kWindow);
+    const auto algebra = backend_->make_algebra(pool_);
+    Calibration calibration(model.outer, c, *backend_, *algebra, tokens, kWindow);
     for (int64_t l = 0; l < c.layers; ++l)
       calibration.walk(model.layers[static_cast<size_t>(l)], l, Pass{false, &found}, [] {});
     EXPECT_EQ(found.values, expected.values) << dtype_name(t);

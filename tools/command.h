@@ -42,8 +42,8 @@ struct MachineOptions {
   std::string backend = "cpu";   // cpu or ref
   std::string products = "f32";  // f32 or bf16: arithmetic of dense products over many rows
   bool no_progress = false;
-  /// With `sweep`, -t takes a list, which goes there. Without `with_device` the command computes on the cpu.
-  void declare(CLI::App& app, std::vector<int>* sweep = nullptr, bool with_device = true);
+  /// With `sweep`, -t takes a list, which goes there.
+  void declare(CLI::App& app, std::vector<int>* sweep = nullptr);
 };
 
 /// The machine that the options ask for. `pool` outlives the backend.

@@ -6,16 +6,14 @@
 
 namespace larosa {
 
-void MachineOptions::declare(CLI::App& app, std::vector<int>* sweep, bool with_device) {
+void MachineOptions::declare(CLI::App& app, std::vector<int>* sweep) {
   CLI::Option* option =
       sweep ? app.add_option("-t,--threads", *sweep, "Threads, several by commas (default: one per core)")
                   ->delimiter(',')
             : app.add_option("-t,--threads", threads, "Threads (default: one per available core)");
   option->check(CLI::Range(1, 1024));
-  if (with_device) {
-    app.add_option("--device", device, "Where to compute: cpu, cuda or cuda:I (see `larosa devices`)")
-        ->capture_default_str();
-  }
+  app.add_option("--device", device, "Where to compute: cpu, cuda or cuda:I (see `larosa devices`)")
+      ->capture_default_str();
   app.add_option("--backend", backend,
                  "Backend: cpu, or ref (plain loops, slow, the meaning of every operation)")
       ->check(CLI::IsMember({"cpu", "ref"}))

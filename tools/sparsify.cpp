@@ -336,7 +336,7 @@ void declare(CLI::App& app, const std::shared_ptr<Flags>& f) {
   declare_budget(app, f);
   declare_bases(app, f);
   declare_types(app, f);
-  f->machine.declare(app, nullptr, false);
+  f->machine.declare(app);
 }
 
 }  // namespace

@@ -44,9 +44,9 @@ const std::vector<Preset>& presets() {
 }
 
 /// Flags of sparsify that are not a method's: the sweep gives them itself, or has them as its own.
-constexpr const char* kSweeps[] = {"model",   "output",       "method",        "sparsity",
-                                   "calib",   "calib-tokens", "check-tensors", "threads",
-                                   "backend", "products",     "no-progress",   "help"};
+constexpr const char* kSweeps[] = {"model",        "output",        "method",  "sparsity", "calib",
+                                   "calib-tokens", "check-tensors", "threads", "device",   "backend",
+                                   "products",     "no-progress",   "help"};
 
 std::string known_methods() {
   std::string known;
@@ -254,7 +254,7 @@ std::function<int()> setup_sweep(CLI::App& app) {
   app.add_option("--speed-tokens", f->speed_tokens, "Tokens of each timing")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 20))
       ->capture_default_str();
-  f->machine.declare(app, nullptr, false);
+  f->machine.declare(app);
   return [f, &app] { return run(*f, app); };
 }
 

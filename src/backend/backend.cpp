@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cstdlib>
 
+#include "backend/algebra.h"
 #include "base/error.h"
 
 namespace larosa {
@@ -27,6 +28,14 @@ void Backend::read(Mat from, float* to) {
 
 void Backend::write(const float* from, Mat to) {
   for (int64_t t = 0; t < to.rows; ++t) std::copy_n(from + t * to.cols, to.cols, to.row(t));
+}
+
+void Backend::copy(Mat from, Mat to) {
+  for (int64_t t = 0; t < from.rows; ++t) std::copy_n(from.row(t), from.cols, to.row(t));
+}
+
+std::unique_ptr<Algebra> Backend::make_algebra(ThreadPool& pool) {
+  return make_host_algebra(pool);
 }
 
 std::unique_ptr<Backend> make_backend(const std::string& device, const std::string& backend,

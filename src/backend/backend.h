@@ -17,6 +17,7 @@
 
 namespace larosa {
 
+class Algebra;
 class ThreadPool;
 
 /// Which entries of each row were kept, with their values. Only the backend that made it can read it.
@@ -78,6 +79,8 @@ class Backend {
   /// Copies (rows, cols) to or from the host's dense rows, after everything issued before.
   virtual void read(Mat from, float* to);
   virtual void write(const float* from, Mat to);
+  /// to = from, both (rows, cols) in the backend's memory.
+  virtual void copy(Mat from, Mat to);
   /// Waits for everything issued before.
   virtual void synchronize() {}
   /// GB/s that memory gives for `bytes` well beyond the caches: what decoding is measured against. Host
@@ -88,6 +91,9 @@ class Backend {
   virtual std::unique_ptr<Selection> make_selection(int64_t max_rows, int64_t max_cols) = 0;
   /// An empty cache. Memory is taken as the timeline grows, not all at once.
   virtual std::unique_ptr<KvCache> make_kv_cache(const KvShape& shape) = 0;
+  /// What calibration computes with (backend/algebra.h), on rows in this backend's memory. The backend and
+  /// the pool must outlive it.
+  virtual std::unique_ptr<Algebra> make_algebra(ThreadPool& pool);
 
   // -- operations --------------------------------------------------------------------------------------
   /// x[t] = table[tokens[t]].                                  table (V, D) rows; tokens (T); x (T, D)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "backend/algebra.h"
 #include "base/error.h"
 
 namespace larosa {
@@ -55,6 +56,7 @@ class ProfiledBackend final : public Backend {
   }
   void read(Mat from, float* to) override { inner_.read(from, to); }
   void write(const float* from, Mat to) override { inner_.write(from, to); }
+  void copy(Mat from, Mat to) override { inner_.copy(from, to); }
   void synchronize() override { inner_.synchronize(); }
   double measure_bandwidth(int64_t bytes) override { return inner_.measure_bandwidth(bytes); }
 
@@ -66,6 +68,7 @@ class ProfiledBackend final : public Backend {
     position_bytes_[cache.get()] = cache->bytes_per_token() / shape.layers;
     return cache;
   }
+  std::unique_ptr<Algebra> make_algebra(ThreadPool& pool) override { return inner_.make_algebra(pool); }
   int64_t count(const Selection& kept) override { return inner_.count(kept); }
 
   void embed(const Weight& table, std::span<const int32_t> tokens, Mat x) override {

@@ -141,14 +141,14 @@ LayerPlan Findings::read_plan(int64_t l, const LayerPlan& outline) const {
 }
 
 std::pair<Matrix, Matrix> Findings::low_rank_of(int64_t l, Projection p, const Matrix& m, int64_t rank,
-                                                ThreadPool& pool) const {
+                                                Algebra& algebra) const {
   const std::string suffix = std::string("-") + projection_name(p) + ".safetensors";
   const fs::path path = file_of(work_, "rank-", l, suffix.c_str());
   if (fs::exists(path)) {
     const Checkpoint file = Checkpoint::open_file(path.string());
     return {read_wide(file, "in", m.rows, rank), read_wide(file, "out", rank, m.cols)};
   }
-  auto product = low_rank(m, rank, pool);
+  auto product = low_rank(m, rank, algebra);
   const FoldedTensor tensors[] = {wide_tensor("in", product.first), wide_tensor("out", product.second)};
   write_tensors(path, tensors, {});
   return product;

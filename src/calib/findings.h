@@ -44,7 +44,7 @@ class Findings {
 
   /// low_rank(m, rank) of projection p, (in, rank) and (rank, out): made once, then read.
   std::pair<Matrix, Matrix> low_rank_of(int64_t l, Projection p, const Matrix& m, int64_t rank,
-                                        ThreadPool& pool) const;
+                                        Algebra& algebra) const;
 
   /// True when a file of the run's own directory is worth a resume.
   bool any() const;

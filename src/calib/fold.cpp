@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "backend/algebra.h"
 #include "base/error.h"
 #include "base/progress.h"
 #include "base/quant.h"
@@ -65,24 +66,24 @@ Matrix block_diagonal(const ModelConfig& config, const std::vector<Matrix>& head
 
 /// Rows of head h ← Rᵀ rows (the o-slices of a KV head's query heads).
 void turn_head_rows(Matrix& m, const ModelConfig& config, const std::vector<Matrix>& heads,
-                    ThreadPool& pool) {
+                    Algebra& algebra) {
   const int64_t width = config.head_dim, group = config.heads / config.kv_heads;
   Matrix slice(width, m.cols);
   for (int64_t h = 0; h < config.heads; ++h) {
     std::copy_n(m.row(h * width), width * m.cols, slice.data.data());
-    const Matrix turned = multiply_transposed(heads[static_cast<size_t>(h / group)], slice, pool);
+    const Matrix turned = algebra.multiply_transposed(heads[static_cast<size_t>(h / group)], slice);
     std::copy_n(turned.data.data(), width * m.cols, m.row(h * width));
   }
 }
 
 /// Columns of KV head g ← columns R (v's outputs, and its bias as a one-row matrix).
 void turn_head_cols(Matrix& m, const ModelConfig& config, const std::vector<Matrix>& heads,
-                    ThreadPool& pool) {
+                    Algebra& algebra) {
   const int64_t width = config.head_dim;
   Matrix slice(m.rows, width);
   for (int64_t g = 0; g < config.kv_heads; ++g) {
     for (int64_t i = 0; i < m.rows; ++i) std::copy_n(m.row(i) + g * width, width, slice.row(i));
-    const Matrix turned = multiply(slice, heads[static_cast<size_t>(g)], pool);
+    const Matrix turned = algebra.multiply(slice, heads[static_cast<size_t>(g)]);
     for (int64_t i = 0; i < m.rows; ++i) std::copy_n(turned.row(i), width, m.row(i) + g * width);
   }
 }
@@ -96,9 +97,10 @@ void scale_rows(Matrix& m, const float* gain) {
 
 class LayerFolder {
  public:
-  LayerFolder(const FoldJob& job, int64_t l, ThreadPool& pool,
+  LayerFolder(const FoldJob& job, int64_t l, Algebra& algebra, ThreadPool& pool,
               const std::function<void(FoldedTensor&&)>& emit)
       : job_(job),
+        algebra_(algebra),
         pool_(pool),
         emit_(emit),
         prefix_("layers." + std::to_string(l) + "."),
@@ -143,7 +145,7 @@ class LayerFolder {
   }
 
   void adapter(const std::string& name, const Matrix& from, const Matrix& to) {
-    Matrix change = multiply_transposed(from, to, pool_);
+    Matrix change = algebra_.multiply_transposed(from, to);
     const DType dtype = job_.types.adapters.value_or(job_.weights[Projection::wo].dtype);
     if (quantised(dtype)) {
       Matrix top(std::min(kAdapterTop, change.rows), change.cols);
@@ -208,15 +210,16 @@ class LayerFolder {
 
   void turn_inputs(Site site, Matrix& m) {
     const bool reads_stream = site == Site::h1 || site == Site::h3;
-    if (reads_stream && turns_stream_) m = multiply_transposed(stream(site), m, pool_);
-    if (site == Site::h2 && turns_heads_) turn_head_rows(m, job_.config, job_.bases.heads, pool_);
+    if (reads_stream && turns_stream_) m = algebra_.multiply_transposed(stream(site), m);
+    if (site == Site::h2 && turns_heads_) turn_head_rows(m, job_.config, job_.bases.heads, algebra_);
   }
   void turn_outputs(Projection p, Matrix& m) {
-    if ((p == Projection::wo || p == Projection::down) && turns_stream_) m = multiply(m, behind(p), pool_);
-    if (p == Projection::wv && turns_heads_) turn_head_cols(m, job_.config, job_.bases.heads, pool_);
+    if ((p == Projection::wo || p == Projection::down) && turns_stream_) m = algebra_.multiply(m, behind(p));
+    if (p == Projection::wv && turns_heads_) turn_head_cols(m, job_.config, job_.bases.heads, algebra_);
   }
 
   const FoldJob& job_;
+  Algebra& algebra_;
   ThreadPool& pool_;
   const std::function<void(FoldedTensor&&)>& emit_;
   const std::string prefix_;
@@ -250,13 +253,13 @@ FoldedTensor stored_tensor(const std::string& name, const Matrix& m, DType dtype
   return tensor;
 }
 
-void fold_layer(const FoldJob& job, int64_t l, ThreadPool& pool,
+void fold_layer(const FoldJob& job, int64_t l, Algebra& algebra, ThreadPool& pool,
                 const std::function<void(FoldedTensor&&)>& emit) {
-  LayerFolder(job, l, pool, emit).run();
+  LayerFolder(job, l, algebra, pool, emit).run();
 }
 
 Matrix fold_rows(const Weight& table, int64_t first, int64_t count, const float* gain, const Matrix& basis,
-                 ThreadPool& pool) {
+                 Algebra& algebra, ThreadPool& pool) {
   Matrix m(count, table.in);
   pool.split(count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -266,11 +269,11 @@ Matrix fold_rows(const Weight& table, int64_t first, int64_t count, const float*
       }
     }
   });
-  return basis.empty() ? m : multiply(m, basis, pool);
+  return basis.empty() ? m : algebra.multiply(m, basis);
 }
 
 FoldedTensor fold_columns(const std::string& name, const Weight& table, const float* gain,
-                          const Matrix& basis, DType dtype, ThreadPool& pool) {
+                          const Matrix& basis, DType dtype, Algebra& algebra, ThreadPool& pool) {
   constexpr int64_t kRows = 32 * kQuantBlock;
   const SafetensorsWriter::Entry entry = stored_entry(name, dtype, table.in, table.out);
   FoldedTensor tensor{name, entry.dtype, entry.shape, {}};
@@ -279,7 +282,7 @@ FoldedTensor fold_columns(const std::string& name, const Weight& table, const fl
   for (int64_t first = 0; first < table.out; first += kRows) {
     throw_if_interrupted();
     const int64_t count = std::min(kRows, table.out - first);
-    const Matrix rows = fold_rows(table, first, count, gain, basis, pool);
+    const Matrix rows = fold_rows(table, first, count, gain, basis, algebra, pool);
     pool.split(table.in, 1, [&](int64_t begin, int64_t end) {
       std::vector<double> column(static_cast<size_t>(count));
       std::vector<float> values(column.size());

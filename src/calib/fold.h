@@ -15,6 +15,7 @@
 
 namespace larosa {
 
+class Algebra;
 class ThreadPool;
 
 /// Types to store a model's tensors in, by class; nothing: as the source has them.
@@ -59,18 +60,18 @@ FoldedTensor stored_tensor(const std::string& name, const Matrix& m, DType dtype
 /// - simulate: the weights stay (the gain is merged in float32 unless after_gain) and the bases are stored.
 /// Score weights are the norms of the channels that Top-K chooses among, over all projections of the group.
 /// emit() takes them one by one, so that only one projection is in memory.
-void fold_layer(const FoldJob& job, int64_t l, ThreadPool& pool,
+void fold_layer(const FoldJob& job, int64_t l, Algebra& algebra, ThreadPool& pool,
                 const std::function<void(FoldedTensor&&)>& emit);
 
 /// rows [first, first + count) of a (vocab, dim) table times diag(gain) times the basis. gain null: ones;
 /// basis empty: identity.
 Matrix fold_rows(const Weight& table, int64_t first, int64_t count, const float* gain, const Matrix& basis,
-                 ThreadPool& pool);
+                 Algebra& algebra, ThreadPool& pool);
 
 /// The whole table, folded like that, as quantised lines of its columns: (dim, vocab) channels. Takes the
 /// lines' bytes of memory.
 FoldedTensor fold_columns(const std::string& name, const Weight& table, const float* gain,
-                          const Matrix& basis, DType dtype, ThreadPool& pool);
+                          const Matrix& basis, DType dtype, Algebra& algebra, ThreadPool& pool);
 
 /// True when folding rewrites the stream's basis (so embedding, head and gains must follow).
 inline bool rewrites_stream(Form form, const Bases& bases) {

@@ -6,15 +6,11 @@
 #include <cmath>
 #include <numeric>
 
+#include "backend/algebra.h"
 #include "base/error.h"
 #include "base/progress.h"
 #include "base/quant.h"
 #include "base/thread_pool.h"
-
-extern "C" {
-void dpotrf_(const char* uplo, const int* n, double* a, const int* lda, int* info);
-void dtrtri_(const char* uplo, const char* diag, const int* n, double* a, const int* lda, int* info);
-}
 
 namespace larosa {
 namespace {
@@ -111,7 +107,7 @@ class Tile {
 
 }  // namespace
 
-RoundingFactor rounding_factor(Matrix&& moments, double damping) {
+RoundingFactor rounding_factor(Matrix&& moments, double damping, Algebra& algebra) {
   Matrix m = std::move(moments);
   const int64_t n = m.rows;
   double mean = 0;
@@ -126,13 +122,7 @@ RoundingFactor rounding_factor(Matrix&& moments, double damping) {
   std::stable_sort(result.order.begin(), result.order.end(),
                    [&](int64_t a, int64_t b) { return m.row(a)[a] < m.row(b)[b]; });
   reorder(m, result.order);
-  // Column-major upper is row-major lower: A = L Lᵀ, then L⁻¹.
-  openblas_set_num_threads(1);
-  const int size = static_cast<int>(n);
-  int info = 0;
-  dpotrf_("U", &size, m.data.data(), &size, &info);
-  if (info == 0) dtrtri_("U", "N", &size, m.data.data(), &size, &info);
-  if (info != 0) fail("rounding: the inputs' moments have no factor (LAPACK ", info, "), are they finite?");
+  algebra.invert_factor(m);
   result.factor.resize(m.data.size());
   std::transform(m.data.begin(), m.data.end(), result.factor.begin(),
                  [](double v) { return static_cast<float>(v); });

@@ -14,6 +14,7 @@
 
 namespace larosa {
 
+class Algebra;
 class ThreadPool;
 
 /// What rounding needs to know of a site's inputs: the order of the channels and how an error in one is made
@@ -26,7 +27,7 @@ struct RoundingFactor {
 /// From second moments (upper triangle; taken apart): `damping` times the mean of the diagonal is added to
 /// it, channels are ordered so that those that matter most are rounded first. Float64 until the last step.
 /// Memory: 12 bytes per entry of the matrix. Throws Error when the moments are not finite.
-RoundingFactor rounding_factor(Matrix&& moments, double damping);
+RoundingFactor rounding_factor(Matrix&& moments, double damping, Algebra& algebra);
 
 /// Rounds a projection's weight, channels or rows, to lines of `dtype` so that tr(Δᵀ H Δ) of the rounding
 /// error Δ is small, H the moments behind `factor`. Throws Error naming the tensor when a value is not

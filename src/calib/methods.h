@@ -14,7 +14,7 @@
 
 namespace larosa {
 
-class ThreadPool;
+class Algebra;
 
 /// folded: bases are merged into the weights, what a deployment runs. simulate: the weights stay as they are
 /// and the bases are applied at run time; shows what a choice costs in quality without storage rounding.
@@ -94,7 +94,7 @@ struct BasisTask {
   const Choice& choice;
   const LayerWeights& weights;
   const Moments& moments;  // stream: of all layers that share the basis, empty but for the first of them
-  ThreadPool& pool;
+  Algebra& algebra;
 };
 
 /// Share of the entries that each projection's rule drops; projections of a group share it.

@@ -9,6 +9,7 @@
 #include <optional>
 #include <set>
 
+#include "backend/algebra.h"
 #include "base/error.h"
 #include "base/progress.h"
 #include "base/thread_pool.h"
@@ -76,6 +77,7 @@ class Job {
         tokens_(tokens),
         window_(window),
         backend_(backend),
+        algebra_(backend.make_algebra(pool)),
         pool_(pool),
         config_(load_config(options.source)),
         checkpoint_(Checkpoint::open(options.source)),
@@ -296,7 +298,7 @@ class Job {
     while (finished < config_.layers && findings_.has_bases(finished)) ++finished;
     if (finished == config_.layers) return tick(config_.layers * windows(), "calibration found");
     while (finished > 0 && !ends_basis(config_, choice, finished - 1)) --finished;
-    Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, pool_, tokens_, window_);
+    Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, *algebra_, tokens_, window_);
     std::vector<Moments> group;  // of the layers since the last basis ended
     for (int64_t l = 0; l < config_.layers; ++l) {
       // Layers whose basis is stored only carry the text on to the next one.
@@ -305,6 +307,7 @@ class Job {
       Layer layer;
       layer.weights = load_layer(checkpoint_, config_, l);
       layer.groups.resize(layer.plan.groups.size());
+      const auto memory = place(layer, config_, backend_);
       group.push_back(calibration.moments(layer, l, wants, choice, [&] { tick(1, note); }));
       release_layer(l);
       if (!ends_basis(config_, choice, l)) continue;
@@ -327,7 +330,7 @@ class Job {
     for (int64_t l = first; l <= last; ++l) {
       std::swap(group[0].heads, group[static_cast<size_t>(l - first)].heads);
       const LayerWeights weights = load_layer(checkpoint_, config_, l);
-      Bases bases = method_.bases({config_, choice_, weights, group[0], pool_});
+      Bases bases = method_.bases({config_, choice_, weights, group[0], *algebra_});
       if (l == first) {
         shared.stream = bases.stream;
         shared.mlp = bases.mlp;
@@ -344,7 +347,7 @@ class Job {
     for (int64_t l = 0; l < config_.layers; ++l) {
       const LayerWeights weights = load_layer(checkpoint_, config_, l);
       if (!findings_.has_bases(l))
-        findings_.write_bases(l, method_.bases({config_, choice_, weights, Moments{}, pool_}));
+        findings_.write_bases(l, method_.bases({config_, choice_, weights, Moments{}, *algebra_}));
       tick(kFoldUnits, layer_note("basis of", l));
     }
   }
@@ -370,7 +373,7 @@ class Job {
       ++finished;
     int64_t window = 0;
     const std::vector<int32_t> tokens = planning_tokens(window);
-    Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, pool_, tokens, window);
+    Calibration calibration(load_outer(checkpoint_, config_), config_, backend_, *algebra_, tokens, window);
     const Bases first = choice_.form == Form::folded ? findings_.read_bases(0, config_, wants_) : Bases{};
     if (!first.stream.empty()) calibration.turn(first.stream);
     std::vector<Curve> curves;
@@ -403,6 +406,7 @@ class Job {
     fold_to(folded, l, types);
     const Checkpoint file = Checkpoint::open_file(folded.string());
     Layer layer = load_stored_layer(file, config_, plan_.layers[static_cast<size_t>(l)], l);
+    const auto memory = place(layer, config_, backend_);
     if (!found && lagrangian()) {
       findings_.write_curves(l, find_curves(method_, task_of(l), layer, calibration));
     } else if (!found) {
@@ -463,13 +467,13 @@ class Job {
     Bases next;
     if (plan.adapter) next = findings_.read_bases(l + 1, config_, wants_);
     const auto low_rank = [&](Projection p, const Matrix& m, int64_t rank) {
-      return findings_.low_rank_of(l, p, m, rank, pool_);
+      return findings_.low_rank_of(l, p, m, rank, *algebra_);
     };
     const FoldJob job{
         config_, weights, bases, plan.adapter ? &next : nullptr, plan, choice_.form, choice_.after_gain,
         types,   low_rank};
     std::vector<FoldedTensor> tensors;
-    fold_layer(job, l, pool_, [&](FoldedTensor&& tensor) {
+    fold_layer(job, l, *algebra_, pool_, [&](FoldedTensor&& tensor) {
       throw_if_interrupted();
       tensors.push_back(std::move(tensor));
     });
@@ -488,7 +492,7 @@ class Job {
   void round_layers() {
     const Checkpoint outer_file = Checkpoint::open_file((fs::path(partial_) / shard_name(0)).string());
     const OuterWeights outer = load_stored_outer(outer_file, config_);
-    Calibration calibration(outer, config_, backend_, pool_, tokens_, window_);
+    Calibration calibration(outer, config_, backend_, *algebra_, tokens_, window_);
     for (int64_t l = 0; l < config_.layers; ++l) {
       const fs::path path = fs::path(partial_) / shard_name(l + 1);
       const LayerPlan& plan = plan_.layers[static_cast<size_t>(l)];
@@ -500,7 +504,8 @@ class Job {
       tick(kFoldUnits, layer_note("rounding", l));
       if (l + 1 == config_.layers) return tick(windows(), layer_note("rounding", l));
       const Checkpoint file = Checkpoint::open_file(path.string());
-      const Layer layer = load_stored_layer(file, config_, plan, l);
+      Layer layer = load_stored_layer(file, config_, plan, l);
+      const auto memory = place(layer, config_, backend_);
       calibration.walk(layer, l, Pass{}, [&] { tick(1, layer_note("passing", l)); });
     }
   }
@@ -514,9 +519,9 @@ class Job {
     {
       const Checkpoint file = Checkpoint::open_file(folded.string());
       const Layer layer = load_stored_layer(file, config_, plan_.layers[static_cast<size_t>(l)], l);
-      auto moments = calibration.read_moments(layer, l, [&] { tick(1, layer_note("rounding", l)); });
+      auto moments = read_moments(calibration, file, l);
       for (size_t g = 0; g < moments.size(); ++g) {
-        const RoundingFactor factor = rounding_factor(std::move(moments[g]), kRoundingDamping);
+        const RoundingFactor factor = rounding_factor(std::move(moments[g]), kRoundingDamping, *algebra_);
         for (const Projection p : layer.plan.groups[g].projections) {
           const std::string name = "layers." + std::to_string(l) + "." + projection_name(p);
           tensors.push_back(round_by_moments(name, layer.weights[p], *options_.types.weights, factor, pool_));
@@ -526,6 +531,12 @@ class Job {
     }
     write_tensors(path, tensors, shard_metadata());
     fs::remove(folded);
+  }
+
+  std::vector<Matrix> read_moments(Calibration& calibration, const Checkpoint& file, int64_t l) {
+    Layer layer = load_stored_layer(file, config_, plan_.layers[static_cast<size_t>(l)], l);
+    const auto memory = place(layer, config_, backend_);
+    return calibration.read_moments(layer, l, [&] { tick(1, layer_note("rounding", l)); });
   }
 
   /// Tensors of the folded layer that were not rounded, as they are.
@@ -582,7 +593,7 @@ class Job {
     const Matrix& final_basis = last.last();
     const float* gain = rewrites ? outer.norm_out : nullptr;
     if (untied && quantised(head)) {
-      write_whole(writer, fold_columns("head", outer.head, gain, final_basis, head, pool_));
+      write_whole(writer, fold_columns("head", outer.head, gain, final_basis, head, *algebra_, pool_));
       release(outer.head);
     } else if (untied) {
       write_table(writer, "head", outer.head, gain, final_basis, head);
@@ -601,7 +612,7 @@ class Job {
       throw_if_interrupted();
       const int64_t count = std::min(kRows, table.out - first);
       const FoldedTensor part =
-          stored_tensor(name, fold_rows(table, first, count, gain, basis, pool_), dtype, pool_);
+          stored_tensor(name, fold_rows(table, first, count, gain, basis, *algebra_, pool_), dtype, pool_);
       writer.write(name, first * row_bytes, part.bytes.data(), static_cast<int64_t>(part.bytes.size()));
     }
     release(table);
@@ -647,6 +658,7 @@ class Job {
   std::span<const int32_t> tokens_;
   int64_t window_;
   Backend& backend_;
+  const std::unique_ptr<Algebra> algebra_;
   ThreadPool& pool_;
   ModelConfig config_;
   Checkpoint checkpoint_;

@@ -7,11 +7,23 @@
 #include <span>
 #include <vector>
 
+#include "backend/algebra.h"
 #include "backend/backend.h"
 #include "calib/methods.h"
 #include "model/decoder.h"
 
 namespace larosa {
+
+/// Rows in a backend's memory.
+struct StoredRows {
+  StoredRows() = default;
+  StoredRows(Backend& backend, int64_t rows, int64_t cols)
+      : memory(backend.allocate(rows * cols * static_cast<int64_t>(sizeof(float)))),
+        mat(static_cast<float*>(memory.get()), rows, cols) {}
+
+  std::shared_ptr<void> memory;
+  Mat mat;
+};
 
 /// How far a plan takes a layer's output stream y from the dense layer's y', of the same input.
 struct LayerError {
@@ -23,10 +35,11 @@ struct LayerError {
 /// A layer and some of what reaches it, to be run again and again under different plans.
 class Trial {
  public:
-  /// rows (windows · window, dim): prefixes of windows, the layer's input. Runs them dense. `layer` and what
-  /// stands behind the references must outlive the trial; window ≤ the decoder's rows.
+  /// rows (windows · window, dim): prefixes of windows, the layer's input. Runs them dense. `layer`, whose
+  /// tensors are in the backend's memory, and what stands behind the references must outlive the trial;
+  /// window ≤ the decoder's rows.
   Trial(Layer& layer, int64_t l, const ModelConfig& config, Backend& backend, Decoder& decoder,
-        std::vector<float> rows, int64_t window);
+        StoredRows rows, int64_t window);
 
   /// Of a plan with the layer's own groups; through the one interpreter. Leaves the layer's plan as it was.
   LayerError error(const LayerPlan& plan);
@@ -37,23 +50,26 @@ class Trial {
 
  private:
   std::vector<float> run(const Pass& pass);
+  std::vector<float> read(Mat rows);
 
   Layer& layer_;
   int64_t index_;
   const ModelConfig& config_;
   Backend& backend_;
   Decoder& decoder_;
-  std::vector<float> rows_, dense_;
-  std::vector<float> moved_;  // rows_ in the basis of the output
+  const StoredRows rows_, out_;  // the input; room for an output
+  std::vector<float> dense_;     // output, on the host
+  std::vector<float> moved_;     // rows_ in the basis of the output
   int64_t window_;
 };
 
 /// Walks calibration windows through a model one layer at a time, so that only one layer's weights are in
-/// use.
+/// use. Layers have their tensors in the backend's memory (`place`).
 class Calibration {
  public:
-  /// tokens: windows of `window` ids each, one after another (windows · window ids in all).
-  Calibration(const OuterWeights& outer, const ModelConfig& config, Backend& backend, ThreadPool& pool,
+  /// tokens: windows of `window` ids each, one after another (windows · window ids in all). outer: the
+  /// host's. `algebra` is the backend's.
+  Calibration(const OuterWeights& outer, const ModelConfig& config, Backend& backend, Algebra& algebra,
               std::span<const int32_t> tokens, int64_t window);
 
   /// Takes all windows through layer number l as its plan says, and into the next layer's basis (to be called
@@ -81,14 +97,16 @@ class Calibration {
  private:
   void observe(const Layer& layer, int64_t l, const Pass& pass, const std::function<void()>& tick);
   void walk_window(const Layer& layer, int64_t l, const Pass& pass, Mat rows);
+  Mat window(int64_t w) const { return stream_.mat.slice(w * window_, window_); }
+  Mat scratch();
 
   const ModelConfig& config_;
   Backend& backend_;
-  ThreadPool& pool_;
+  Algebra& algebra_;
   Decoder decoder_;
   int64_t window_, windows_;
-  std::vector<float> stream_;   // (windows · window, dim)
-  std::vector<float> scratch_;  // (window, dim)
+  StoredRows stream_;   // (windows · window, dim)
+  StoredRows scratch_;  // (window, dim), made when it is needed
 };
 
 }  // namespace larosa

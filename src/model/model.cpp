@@ -228,26 +228,22 @@ void check_finite(const Model& model) {
   }
 }
 
-void place(Model& model, Backend& backend) {
-  std::map<const void*, const void*> places;
-  const auto at = [&](const void* data, int64_t bytes) -> const void* {
-    if (!data) return nullptr;
-    const auto [entry, fresh] = places.try_emplace(data);
-    if (fresh) {
-      model.placed.push_back(backend.upload(data, bytes));
-      entry->second = model.placed.back().get();
-    }
-    return entry->second;
-  };
-  const auto vector = [&](const float*& data, int64_t n) {
+namespace {
+
+/// Uploads tensors, each once.
+class Placer {
+ public:
+  Placer(Backend& backend, std::vector<std::shared_ptr<const void>>& placed)
+      : backend_(backend), placed_(placed) {}
+
+  void vector(const float*& data, int64_t n) {
     data = static_cast<const float*>(at(data, n * static_cast<int64_t>(sizeof(float))));
-  };
-  const auto weight = [&](Weight& w) {
+  }
+  void weight(Weight& w) {
     w.data = at(w.data, w.bytes());
     vector(w.bias, w.out);
-  };
-  const ModelConfig& c = model.config;
-  for (Layer& layer : model.layers) {
+  }
+  void layer(Layer& layer, const ModelConfig& c) {
     LayerWeights& w = layer.weights;
     for (Weight& projection : w.projection) weight(projection);
     vector(w.norm_attn, c.dim);
@@ -255,7 +251,7 @@ void place(Model& model, Backend& backend) {
     vector(w.norm_q, c.head_dim);
     vector(w.norm_k, c.head_dim);
     for (size_t g = 0; g < layer.groups.size(); ++g) {
-      vector(layer.groups[g].scale, layer.weights[layer.plan.groups[g].projections[0]].in);
+      vector(layer.groups[g].scale, w[layer.plan.groups[g].projections[0]].in);
       weight(layer.groups[g].basis);
       for (LowRank& low : layer.groups[g].low) {
         weight(low.in);
@@ -267,9 +263,37 @@ void place(Model& model, Backend& backend) {
       weight(adapter->top);
     }
   }
-  weight(model.outer.embed);
-  weight(model.outer.head);
-  vector(model.outer.norm_out, c.dim);
+
+ private:
+  const void* at(const void* data, int64_t bytes) {
+    if (!data) return nullptr;
+    const auto [entry, fresh] = places_.try_emplace(data);
+    if (fresh) {
+      placed_.push_back(backend_.upload(data, bytes));
+      entry->second = placed_.back().get();
+    }
+    return entry->second;
+  }
+
+  Backend& backend_;
+  std::vector<std::shared_ptr<const void>>& placed_;
+  std::map<const void*, const void*> places_;
+};
+
+}  // namespace
+
+void place(Model& model, Backend& backend) {
+  Placer placer(backend, model.placed);
+  for (Layer& layer : model.layers) placer.layer(layer, model.config);
+  placer.weight(model.outer.embed);
+  placer.weight(model.outer.head);
+  placer.vector(model.outer.norm_out, model.config.dim);
+}
+
+std::vector<std::shared_ptr<const void>> place(Layer& layer, const ModelConfig& config, Backend& backend) {
+  std::vector<std::shared_ptr<const void>> placed;
+  Placer(backend, placed).layer(layer, config);
+  return placed;
 }
 
 PlanShape plan_shape(const ModelConfig& config) {

@@ -69,6 +69,9 @@ class Backend;
 /// Uploads every tensor that the model runs on to the backend's memory, each once, and points the model
 /// there. Nothing moves where the backend works in host memory. The backend must outlive the model.
 void place(Model& model, Backend& backend);
+/// The same of one layer: what was uploaded lives as long as what is returned.
+[[nodiscard]] std::vector<std::shared_ptr<const void>> place(Layer& layer, const ModelConfig& config,
+                                                             Backend& backend);
 
 /// How a layer of this shape is read as it was trained: whole but for what is exactly zero (the neurons of
 /// ReLU and its kin at rest, and what `down` would multiply with them), or by its own Top-K (Q-Sparse). The

@@ -390,9 +390,10 @@ void launch_one(const Stream& s, Step& a, Chain& chain, dim3 blocks) {
 
 template <class T>
 void one_row(const Stream& s, Step& a, Chain& chain) {
-  const int64_t count = a.pos + 1 - a.first, splits = splits_of(s, a.group, a.cache.head_dim, count);
+  const int64_t count = a.pos + 1 - a.first, most = splits_of(s, a.group, a.cache.head_dim, count);
   const int heads = static_cast<int>(heads_together(a.group));
-  a.per = (count + splits - 1) / splits;
+  a.per = (count + most - 1) / most;
+  const int64_t splits = (count + a.per - 1) / a.per;  // none of them empty
   a.parts = (a.group + heads - 1) / heads;
   const dim3 blocks(static_cast<unsigned>(a.cache.kv_heads * a.parts), static_cast<unsigned>(splits));
   CHECK(blocks.x <= kTickets);

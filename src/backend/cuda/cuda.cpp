@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "backend/cuda/algebra.h"
 #include "backend/cuda/kernels.h"
 #include "backend/cuda/matmul.h"
 #include "backend/cuda/memory.h"
@@ -80,6 +81,10 @@ class CudaBackend final : public Backend {
     copy(to.data, to.stride, from, to.cols, to.rows, to.cols, cudaMemcpyHostToDevice);
     synchronize();
   }
+  void copy(Mat from, Mat to) override {
+    flush();
+    copy(to.data, to.stride, from.data, from.stride, from.rows, from.cols, cudaMemcpyDeviceToDevice);
+  }
   void synchronize() override {
     flush();
     check(cudaStreamSynchronize(stream_.stream), "kernel");
@@ -98,6 +103,8 @@ class CudaBackend final : public Backend {
       fail("cuda: heads of ", shape.head_dim, " entries are not supported, expected at most ", kWidestHead);
     return std::make_unique<CudaKvCache>(shape);
   }
+
+  std::unique_ptr<Algebra> make_algebra(ThreadPool&) override { return cuda::make_algebra(stream_, row_); }
 
   void embed(const Weight& table, std::span<const int32_t> tokens, Mat x) override {
     CHECK(table.layout == Layout::rows && x.cols == table.in &&

@@ -150,6 +150,9 @@ struct Int4Line {
 __device__ inline void narrow(float v, float& to) {
   to = v;
 }
+__device__ inline void narrow(float v, double& to) {
+  to = v;
+}
 __device__ inline void narrow(float v, __half& to) {
   to = __float2half_rn(v);
 }

@@ -163,6 +163,8 @@ void widen_weight(const Stream& s, const Weight& w, int64_t first, int64_t count
                   void* to);
 /// x (rows, cols) rounded to bf16, lines of `pitch`, the rest zero.
 void round_rows(const Stream& s, Mat x, int64_t pitch, void* to);
+/// x (rows, cols) in float64, without gaps.
+void widen_rows(const Stream& s, Mat x, double* to);
 /// y[t] = bias (+ y[t] when accumulate)
 void start_rows(const Stream& s, const float* bias, bool accumulate, Mat y);
 

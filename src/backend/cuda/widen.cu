@@ -1,5 +1,5 @@
 // Operands of matrix products: weights widened or rounded to what the library multiplies, activations
-// rounded.
+// rounded or widened.
 #include <algorithm>
 
 #include "backend/cuda/launch.h"
@@ -66,6 +66,11 @@ void widen_weight(const Stream& s, const Weight& w, int64_t first, int64_t count
 void round_rows(const Stream& s, Mat x, int64_t pitch, void* to) {
   const Lines from{reinterpret_cast<const char*>(x.data), x.stride * 4, 0, x.rows, 0, x.cols};
   convert<Elements<float>>(s, from, pitch, static_cast<__nv_bfloat16*>(to));
+}
+
+void widen_rows(const Stream& s, Mat x, double* to) {
+  const Lines from{reinterpret_cast<const char*>(x.data), x.stride * 4, 0, x.rows, 0, x.cols};
+  convert<Elements<float>>(s, from, x.cols, to);
 }
 
 void start_rows(const Stream& s, const float* bias, bool accumulate, Mat y) {

@@ -21,10 +21,10 @@ Bases bases(const BasisTask& task) {
     if (task.choice.source == Source::pooled) {
       for (size_t i = 0; i < sum.data.size(); ++i) sum.data[i] += moments.h3.data[i];
     }
-    bases.stream = eigenbasis(sum, kDamping);
-    if (task.choice.source == Source::separate) bases.mlp = eigenbasis(moments.h3, kDamping);
+    bases.stream = eigenbasis(sum, kDamping, task.algebra);
+    if (task.choice.source == Source::separate) bases.mlp = eigenbasis(moments.h3, kDamping, task.algebra);
   }
-  for (const Matrix& head : moments.heads) bases.heads.push_back(eigenbasis(head, kDamping));
+  for (const Matrix& head : moments.heads) bases.heads.push_back(eigenbasis(head, kDamping, task.algebra));
   return bases;
 }
 

@@ -3,6 +3,7 @@
 // with the gain folded. No calibration text. Norms of k and gate score their groups; o and down, whose
 // channels are not made orthogonal, go by |x_i|. Without the rotation every group is scored by the norms of
 // all its original weights.
+#include "backend/algebra.h"
 #include "calib/methods.h"
 
 namespace larosa {
@@ -10,7 +11,7 @@ namespace {
 
 /// Eigenvectors of diag(gain) W^T W diag(gain). Where W has fewer outputs than inputs (k of grouped-query
 /// attention) the rest of the basis is any orthonormal completion, with norms of 0.
-Matrix orthogonalising(const Weight& weight, const float* gain, ThreadPool& pool) {
+Matrix orthogonalising(const Weight& weight, const float* gain, Algebra& algebra) {
   Matrix rows(weight.out, weight.in);
   for (int64_t j = 0; j < weight.out; ++j) {
     for (int64_t i = 0; i < weight.in; ++i) {
@@ -20,15 +21,15 @@ Matrix orthogonalising(const Weight& weight, const float* gain, ThreadPool& pool
     }
   }
   Matrix gram(weight.in, weight.in);
-  add_second_moment(rows, gram, pool);
-  return eigenbasis(gram, 0);
+  algebra.add_second_moment(rows, gram);
+  return eigenbasis(gram, 0, algebra);
 }
 
 Bases bases(const BasisTask& task) {
   const LayerWeights& w = task.weights;
   Bases bases;
-  bases.stream = orthogonalising(w[Projection::wk], w.norm_attn, task.pool);
-  bases.mlp = orthogonalising(w[Projection::gate], w.norm_mlp, task.pool);
+  bases.stream = orthogonalising(w[Projection::wk], w.norm_attn, task.algebra);
+  bases.mlp = orthogonalising(w[Projection::gate], w.norm_mlp, task.algebra);
   return bases;
 }
 
