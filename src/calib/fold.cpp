@@ -132,7 +132,7 @@ class LayerFolder {
   /// A projection (in, out) as the plan's layer stores it.
   void projection(Projection p, const Matrix& m, DType dtype) {
     const bool by_channels = stored_layout(job_.plan, p, quantised(dtype)) == Layout::channels;
-    matrix(projection_name(p), by_channels ? m : transposed(m), dtype);
+    by_channels ? matrix(projection_name(p), m, dtype) : matrix(projection_name(p), transposed(m), dtype);
   }
 
   /// The product that its dropped entries go through.

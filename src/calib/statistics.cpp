@@ -153,7 +153,12 @@ Trial::Trial(Layer& layer, int64_t l, const ModelConfig& config, Backend& backen
     decoder_.adapt(*adapter, moved, to.mat);
     moved = to.mat;
   }
-  moved_ = read(moved);
+  const std::vector<float> start = read(moved), zero(static_cast<size_t>(config.dim));
+  for (int64_t t = 0; t < moved.rows; ++t) {
+    const float* dense = dense_.data() + t * config.dim;
+    size_.push_back(distance(dense, zero.data(), config.dim));
+    added_.push_back(distance(dense, start.data() + t * config.dim, config.dim));
+  }
 }
 
 std::vector<float> Trial::read(Mat rows) {
@@ -177,14 +182,11 @@ LayerError Trial::error(const LayerPlan& plan) {
   const std::vector<float> found = run(Pass{});
   layer_.plan = std::move(kept);
   LayerError error;
-  const std::vector<float> zero(static_cast<size_t>(config_.dim));
   const int64_t tokens = rows_.mat.rows;
   for (int64_t t = 0; t < tokens; ++t) {
-    const float* dense = dense_.data() + t * config_.dim;
-    const double off = distance(found.data() + t * config_.dim, dense, config_.dim);
-    const double size = distance(dense, zero.data(), config_.dim);
+    const double off = distance(found.data() + t * config_.dim, dense_.data() + t * config_.dim, config_.dim);
+    const double size = size_[static_cast<size_t>(t)], added = added_[static_cast<size_t>(t)];
     error.absolute += off / static_cast<double>(tokens);
-    const double added = distance(dense, moved_.data() + t * config_.dim, config_.dim);
     if (size > 0) error.relative += off / size / static_cast<double>(tokens);
     if (added > 0) error.update += off / added / static_cast<double>(tokens);
   }

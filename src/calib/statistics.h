@@ -59,7 +59,8 @@ class Trial {
   Decoder& decoder_;
   const StoredRows rows_, out_;  // the input; room for an output
   std::vector<float> dense_;     // output, on the host
-  std::vector<float> moved_;     // rows_ in the basis of the output
+  // Squares of each row of the output, and of what the layer has added to it.
+  std::vector<double> size_, added_;
   int64_t window_;
 };
 
