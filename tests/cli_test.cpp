@@ -296,6 +296,8 @@ TEST_F(Cli, Calibration) {
     expect_refused(sparsify({"--calib", text(), "--sparsity", s}), {"--sparsity"});
   expect_refused(sparsify({"--calib", text(), "--site-scale", "1,2,3"}), {"--site-scale"});
   expect_refused(sparsify({"--calib", text(), "--method", "magic"}), {"--method", "magic", "larosa"});
+  expect_refused(sparsify({"--calib", text(), "--device", "tpu"}), {"device tpu", "cuda"});
+  expect_refused(sparsify({"--calib", text(), "--device", "cuda:99"}), {"cuda"});
   expect_refused({"perplexity", model(), "-f", brief, "-c", "32"}, {"brief.txt", "10 tokens", "32"});
   fs::create_directory(dir_ / "there");
   expect_refused({"sparsify", model(), "-o", dir_ / "there", "--calib", text()}, {"there", "exists"});
