@@ -35,6 +35,7 @@ class Libraries {
     check(cublasSetStream(blas, stream), "stream");
     check(cusolverDnCreate(&solver), "handle");
     check(cusolverDnSetStream(solver, stream), "stream");
+    check(cusolverDnSetDeterministicMode(solver, CUSOLVER_DETERMINISTIC_RESULTS), "mode");
     check(cusolverDnCreateParams(&parameters), "parameters");
   }
   ~Libraries() {
