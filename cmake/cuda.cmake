@@ -15,7 +15,7 @@ if(NOT LAROSA_CUDA STREQUAL OFF)
     set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
     find_package(CUDAToolkit REQUIRED)
   endif()
-  # Kernels say how many registers they may have, which nvcc knows since 12.4.
+  # Earlier ones have not been tried.
   if(CMAKE_CUDA_COMPILER AND CUDAToolkit_VERSION VERSION_GREATER_EQUAL 12.4)
     file(GLOB_RECURSE larosa_cuda_sources CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/src/*.cu)
     set(LAROSA_HAS_CUDA ON)

@@ -332,6 +332,37 @@ TEST_F(Cuda, FusedSelectionsMatchRef) {
   }
 }
 
+/// More outputs than the groups of blocks have in one round: each makes the row again for its next tile.
+TEST_F(Cuda, LaterTilesSelectTheSame) {
+  Random random(14);
+  const int64_t n = 96, out = 150000;
+  const Rows x = Rows(1, n).fill(random);
+  std::vector<float> scale(static_cast<size_t>(n));
+  for (float& s : scale) s = std::fabs(random.normal());
+  const DeviceRows device(cuda(), x), row(cuda(), Rows(1, n)), sparse(cuda(), Rows(1, out)),
+      dense(cuda(), Rows(1, out));
+  const DeviceFloats device_scale(cuda(), scale);
+  const StoredWeight w(DType::bf16, Layout::channels, n, out, false, random);
+  const DeviceWeight weight(cuda(), w.weight, true);
+  const auto kept = cuda().make_selection(1, n);
+  const Product product{weight.weight, sparse.mat, false}, masked{weight.weight, dense.mat, false};
+  const auto compare = [&](const char* what) {
+    cuda().sparse_matmul(*kept, std::span(&product, 1));
+    cuda().expand(*kept, row.mat);
+    cuda().matmul(row.mat, std::span(&masked, 1));
+    EXPECT_EQ(bits_differ(sparse.back().mat, dense.back().mat), 0) << what;
+  };
+  for (const int64_t keep : {1, 40, 95}) {
+    cuda().topk(device.mat, device_scale.get(), keep, *kept);
+    compare("topk");
+  }
+  cuda().threshold(device.mat, device_scale.get(), 0.5f, *kept);
+  compare("threshold");
+  cuda().rms_norm(device.mat, device_scale.get(), 1e-5f, row.mat);
+  cuda().topk(row.mat, device_scale.get(), 40, *kept);
+  compare("norm");
+}
+
 TEST_F(Cuda, NormGluEmbedMatchRef) {
   Random random(2);
   for (const int64_t dim : {1, 3, 33, 128, 768, 4099}) {

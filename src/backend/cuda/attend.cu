@@ -23,9 +23,9 @@ struct Step {
   CacheLayer cache;
   Angles at;  // or null: q and k are rotated already
   Scratch scratch;
-  int64_t pos, first, per;  // positions [first, pos], `per` in a stretch
-  int group, parts;         // query heads per key/value head; blocks that share them
-  float scale;
+  int64_t pos = 0, first = 0, per = 0;  // positions [first, pos], `per` in a stretch
+  int group = 0, parts = 1;             // query heads per key/value head; blocks that share them
+  float scale = 1;
   Link link;
 };
 
@@ -383,9 +383,10 @@ int64_t splits_of(const Stream& s, int64_t group, int64_t width, int64_t count) 
 
 template <class T, int kHeads>
 void launch_one(const Stream& s, Step& a, Chain& chain, dim3 blocks) {
-  a.link = chain.join(s, blocks.x * blocks.y);
+  a.link = chain.link(s);
   launch_kernel(s, a.cache.head_dim % 4 == 0 ? one_row_kernel<T, kHeads, 4> : one_row_kernel<T, kHeads, 1>,
                 blocks, kOneThreads, 4 * one_row_floats(kHeads, a.cache.head_dim, a.per), a);
+  chain.launched(blocks.x * blocks.y);
 }
 
 template <class T>
@@ -418,9 +419,14 @@ void several_rows(const Stream& s, const Step& a, int64_t window) {
                 a.out);
 }
 
-template <class T>
-void attend_as(const Stream& s, Step& a, int64_t window, Chain& chain) {
-  a.q.rows == 1 ? one_row<T>(s, a, chain) : several_rows<T>(s, a, window);
+Step step_of(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out) {
+  Step a;
+  a.q = q, a.k = k, a.v = v, a.out = out, a.cache = cache;
+  a.pos = pos;
+  a.first = window > 0 ? std::max<int64_t>(0, pos - window + 1) : 0;
+  a.group = static_cast<int>(q.cols / k.cols);
+  a.scale = static_cast<float>(1 / std::sqrt(static_cast<double>(cache.head_dim)));
+  return a;
 }
 
 }  // namespace
@@ -430,24 +436,21 @@ int64_t attend_partial(const Stream& s, int64_t heads, const KvShape& shape) {
 }
 
 void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
-            Mat out, const Angles* at, const Scratch& scratch, Chain& chain) {
-  Step a{q,
-         k,
-         v,
-         out,
-         cache,
-         at ? *at : Angles{},
-         scratch,
-         pos,
-         window > 0 ? std::max<int64_t>(0, pos - window + 1) : 0,
-         0,
-         static_cast<int>(q.cols / k.cols),
-         1,
-         static_cast<float>(1 / std::sqrt(static_cast<double>(cache.head_dim))),
-         {}};
-  if (cache.dtype == DType::f32) return attend_as<float>(s, a, window, chain);
-  if (cache.dtype == DType::f16) return attend_as<__half>(s, a, window, chain);
-  attend_as<int8_t>(s, a, window, chain);
+            Mat out) {
+  const Step a = step_of(q, k, v, cache, pos, window, out);
+  if (cache.dtype == DType::f32) return several_rows<float>(s, a, window);
+  if (cache.dtype == DType::f16) return several_rows<__half>(s, a, window);
+  several_rows<int8_t>(s, a, window);
+}
+
+void attend_row(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
+                Mat out, const Angles* at, const Scratch& scratch, Chain& chain) {
+  Step a = step_of(q, k, v, cache, pos, window, out);
+  if (at) a.at = *at;
+  a.scratch = scratch;
+  if (cache.dtype == DType::f32) return one_row<float>(s, a, chain);
+  if (cache.dtype == DType::f16) return one_row<__half>(s, a, chain);
+  one_row<int8_t>(s, a, chain);
 }
 
 }  // namespace larosa::cuda

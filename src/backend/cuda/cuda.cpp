@@ -32,7 +32,7 @@ Stream make_stream(int device) {
   }
   s.multiprocessors = properties.multiProcessorCount;
   s.shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin) - kStaticShared;
-  s.dependent = properties.major >= 9;
+  s.dependent = properties.major >= 9 && launches_may_depend();
   check(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking), "stream");
   return s;
 }
@@ -213,7 +213,7 @@ class CudaBackend final : public Backend {
       return row_.attend(q, k, v, kv.layer(layer), pos, window, out, static_cast<float*>(partial));
     }
     flush();
-    cuda::attend(stream_, q, k, v, kv.layer(layer), pos, window, out, nullptr, row_.scratch(), row_.chain());
+    cuda::attend(stream_, q, k, v, kv.layer(layer), pos, window, out);
   }
 
   void activate(Mat z, const Activation& activation, Mat y) override {

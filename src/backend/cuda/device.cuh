@@ -1,5 +1,5 @@
-// What kernels share: programmatic dependent launch, reductions in a fixed order, widening of stored
-// elements.
+// What kernels share: programmatic dependent launch and the counter of launches, reductions in a fixed order,
+// widening of stored elements.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -244,8 +244,9 @@ __device__ void add_skip(const Args& a, const Tile& tile, int rank, const SkipAr
 }
 
 /// Until every block of a group has come here; what they wrote before is seen behind it. A group's blocks are
-/// in time to meet: a grid has no more of them than there are multiprocessors, they start in order, and the
-/// next kernel's start when all of these have. The counter only grows, by `blocks` each time.
+/// in time to meet: a grid has no more of them than there are multiprocessors, and the next kernel's start
+/// when all of these have. Blocks of another engine on the device can hold theirs back for a while, no more
+/// than three a launch. The counter only grows, by `blocks` each time.
 __device__ void meet(uint32_t* counter, int blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -304,7 +305,9 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
       for (int j = static_cast<int>(threadIdx.x); j < tile.columns; j += kThreads) skipped[j] = 0;
 #pragma unroll 1
     for (int i = 0; i < a.skips; ++i) add_skip(a, tile, rank, a.skip[i], memory.row, skipped);
-    // Sums take the row's place, so that every further tile makes it again.
+    // Sums take the row's place and keys that of their weights, so that every further tile makes it all
+    // again.
+    if (t != group) fetch_weights<kThreads>(a.in, memory);
     const Channels channels = prepare_row<kThreads>(a.in, memory);
     start_next();  // not before: what it does there would hold the row up
     // Two places in turn: a block may be in the next tile while another still reads of this one.
@@ -404,9 +407,16 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   shared += row_memory(in, skipped_bytes(a)).row;
   const int groups = std::min(a.tiles, s.multiprocessors / a.group);
   CHECK(int64_t{2} * groups * a.group * widest_tile(a) <= kPartialFloats && groups <= kTickets);
-  a.link = chain.join(s, static_cast<unsigned>(groups * a.group));
+  a.link = chain.link(s);
   launch_kernel(s, gemv_kernel, groups * a.group, kThreads,
                 std::max(shared, std::min<int64_t>(kLeastShared, s.shared_bytes)), a);
+  chain.launched(static_cast<unsigned>(groups * a.group));
+}
+
+bool launches_may_depend() {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, gemv_kernel), "kernel");
+  return attributes.ptxVersion >= 90;
 }
 
 }  // namespace larosa::cuda

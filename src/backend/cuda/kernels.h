@@ -23,6 +23,10 @@ struct Stream {
 /// Room for what kernels declare themselves.
 inline constexpr int kStaticShared = 10240;
 
+/// True when the kernels in use wait for each other themselves: they were not compiled for a device before
+/// compute capability 9.0.
+bool launches_may_depend();
+
 /// Throws Error naming `what` for a failed call.
 void check(cudaError_t error, const char* what);
 
@@ -68,8 +72,8 @@ struct Glu {
 /// Where blocks that share an output leave their sums and find each other.
 struct Scratch {
   float* partial = nullptr;      // kPartialFloats
-  uint32_t* ticket = nullptr;    // kTickets, zero between launches
-  uint32_t* meetings = nullptr;  // kTickets, zero at first; each grows by whole groups
+  uint32_t* ticket = nullptr;    // attention's: kTickets, zero between launches
+  uint32_t* meetings = nullptr;  // products': kTickets, zero at first; each grows by whole groups
 };
 inline constexpr int64_t kPartialFloats = int64_t{4096} * 1024;
 inline constexpr int64_t kTickets = 4096;
@@ -84,12 +88,12 @@ struct Link {
 class Chain {
  public:
   uint32_t* done = nullptr;  // on the device, zero at first
-  /// The next launch is one of `blocks`, each of which signals.
-  Link join(const Stream& s, unsigned blocks) {
-    const Link link{done, count_, linked_ && s.dependent};
+  /// How the next launch waits.
+  Link link(const Stream& s) const { return {done, count_, linked_ && s.dependent}; }
+  /// It has been launched, with so many blocks, each of which signals.
+  void launched(unsigned blocks) {
     count_ += blocks;
     linked_ = true;
-    return link;
   }
   /// Something else is launched next.
   void cut() { linked_ = false; }
@@ -147,10 +151,13 @@ struct CacheLayer {
   int64_t kv_heads = 0, head_dim = 0, capacity = 0;
 };
 inline constexpr int kWidestHead = 256;
-/// Appends k, v and attends. One row: q and k are rotated by `at` on the way when it is given, and
-/// scratch.partial has attend_partial floats.
+/// Appends k, v and attends: several rows.
 void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
-            Mat out, const Angles* at, const Scratch& scratch, Chain& chain);
+            Mat out);
+/// The same of one row, whose q and k are rotated by `at` on the way when it is given; scratch.partial:
+/// attend_partial floats.
+void attend_row(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
+                Mat out, const Angles* at, const Scratch& scratch, Chain& chain);
 /// Stretches of positions that one row's attention is split into at most, as long as a block's shared memory
 /// holds their scores: 8 query heads a key/value head of 128, 99 KB: 108,000 positions.
 inline constexpr int64_t kSplits = 64;

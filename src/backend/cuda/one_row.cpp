@@ -102,7 +102,7 @@ OneRow::Pending OneRow::take_row(Mat x) {
 }
 
 void OneRow::rms_norm(Mat x, const float* gain, float eps, Mat y) {
-  flush();
+  flush_waiting();
   Input in;
   in.source = Source::norm;
   in.cols = static_cast<int>(x.cols);
@@ -129,16 +129,13 @@ void OneRow::rope(Mat q, Mat k, int64_t head_dim, const Angles& at) {
 
 void OneRow::attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out,
                     float* partial) {
-  const Angles* at = nullptr;
-  if (rope_ && rope_->q.data == q.data && rope_->k.data == k.data && rope_->head_dim == cache.head_dim) {
-    angles_ = rope_->at;
-    at = &angles_;
-    rope_.reset();
-  }
+  std::optional<PendingRope> rope;
+  if (rope_ && rope_->q.data == q.data && rope_->k.data == k.data && rope_->head_dim == cache.head_dim)
+    rope.swap(rope_);
   flush_waiting();
   Scratch scratch = scratch_;
   scratch.partial = partial;
-  cuda::attend(stream_, q, k, v, cache, pos, window, out, at, scratch, chain_);
+  attend_row(stream_, q, k, v, cache, pos, window, out, rope ? &rope->at : nullptr, scratch, chain_);
 }
 
 void OneRow::glu(Mat gate, Mat up, const Activation& activation, Mat mid) {
@@ -168,14 +165,14 @@ void OneRow::rotate(Mat x, const Weight& basis, Mat y, bool accumulate) {
 }
 
 void OneRow::multiply(Mat x, std::span<const Product> products) {
-  if (row_ && row_->touches(products)) flush();
+  if (row_ && row_->touches(products)) flush_waiting();
   multiply_from(take_row(x), products);
 }
 
 void OneRow::multiply_kept(const CudaSelection& kept, std::span<const Product> products) {
   if (row_ && row_->list == kept.one && !row_->touches(products))
     return multiply_from(*std::exchange(row_, std::nullopt), products);
-  flush();
+  flush_waiting();
   multiply_from(listed(kept.one, kept.cols), products);
 }
 
@@ -251,10 +248,11 @@ void OneRow::launch(Pending from, std::span<const Product> products, const Glu& 
   gemv(stream_, in, products, std::span(skips, count), glu, scratch_, chain_);
 }
 
-/// Where the cut of a weight's row stood the last time: the next one is near it.
+/// Where the cut of a weight's row stood the last time: the next one is near it. Any number will do: weights
+/// beyond kGuesses share them.
 int32_t* OneRow::guess_of(const Weight& w) {
-  const auto [at, fresh] = guess_at_.try_emplace(w.data, static_cast<int>(guess_at_.size()));
-  return at->second < kGuesses ? guesses_.get<int32_t>() + at->second : nullptr;
+  const auto [at, fresh] = guess_at_.try_emplace(w.data, static_cast<int>(guess_at_.size()) % kGuesses);
+  return guesses_.get<int32_t>() + at->second;
 }
 
 /// A list of ours for a row that no selection has one for.

@@ -20,10 +20,8 @@ class OneRow {
  public:
   explicit OneRow(const Stream& stream);
 
-  /// Launches everything that waits, for what the caller launches next.
+  /// Launches everything that waits: the caller launches something else next.
   void flush();
-  const Scratch& scratch() const { return scratch_; }
-  Chain& chain() { return chain_; }
 
   /// y becomes the norm of x, no alias; gain may be null.
   void rms_norm(Mat x, const float* gain, float eps, Mat y);
@@ -83,6 +81,7 @@ class OneRow {
   void launch(Pending from, std::span<const Product> products, const Glu& glu);
   Pending multiply_rows(Pending from, const Product& product);
   int32_t* guess_of(const Weight& w);
+  /// The same, but what comes next is one of ours.
   void flush_waiting();
   std::shared_ptr<StoredList> every(int64_t cols);
 
@@ -96,7 +95,6 @@ class OneRow {
   Scratch scratch_;
   std::unordered_map<const void*, int> guess_at_;
   Chain chain_;
-  Angles angles_;
   std::shared_ptr<StoredList> every_;
   int64_t every_cols_ = 0;
 };

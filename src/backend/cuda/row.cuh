@@ -93,7 +93,7 @@ struct Channels {
 };
 
 /// Where a product's block has what: offsets in its memory. Gain and score weights are there before the row
-/// is; keys take the place of the weights; a row's values are followed by its list.
+/// is (of the first tile); keys take the place of the weights; a row's values are followed by its list.
 struct RowMemory {
   int gain, keys;  // or -1
   int row;

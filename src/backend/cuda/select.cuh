@@ -1,9 +1,9 @@
 // Selection inside one block: which entries of a row count, and their list in the order of the index. Every
-// product's blocks do this for themselves: it costs each 1 to 2 µs, a launch of its own costs as much and the
-// launch on top.
+// product's blocks do this for themselves: a launch of its own costs as much and the launch on top.
 //
-// The cut is found by counting the keys above two guesses at once and interpolating: about five passes of two
-// compares an entry, with one barrier each, and the last pass has also counted what each warp will list.
+// The cut is looked for around that of the token before, in bins (cut_near). Where it is not there, or
+// nothing is known of one, the keys above two guesses are counted at once, and guesses interpolated
+// (find_cut).
 #pragma once
 
 #include "backend/cuda/device.cuh"
