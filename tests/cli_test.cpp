@@ -482,6 +482,24 @@ TEST_F(Cli, BenchPrompts) {
   refused(random, {"--prompts", "1"}, {"--prompts"});
 }
 
+/// A text is read and checked before the weights are: there are none here.
+TEST_F(Cli, BenchChecksTheTextFirst) {
+  const std::string bare = copy("bare");
+  for (const auto& file : fs::directory_iterator(dir_ / "bare"))
+    if (file.path().string().find(".safetensors") != std::string::npos) fs::remove(file);
+  edit_json(bare + "/tokenizer.json", [](nlohmann::json& json) {
+    json["added_tokens"].push_back({{"id", 300}, {"content", "<far>"}, {"special", true}});
+  });
+  std::ofstream(dir_ / "short.txt") << "once upon a time";
+  std::ofstream(dir_ / "far.txt") << "once upon a time <far> in a land";
+  const auto refused = [&](const std::string& file, const std::vector<std::string>& words) {
+    expect_refused({"bench", bare, "-f", dir_ / file, "--prompts", "2", "-p", "0", "-n", "20"}, words);
+  };
+  refused("absent.txt", {"absent.txt"});
+  refused("short.txt", {"short.txt", "16 tokens", "need 21"});
+  refused("far.txt", {"far.txt", "token id 300", "vocabulary of 260"});
+}
+
 TEST_F(Cli, BenchRefusesListsThatAreNone) {
   const Arguments a = {"bench", "--config", dir_ / "config.json", "--random-weights", "-p", "0", "-n", "4"};
   for (const Arguments& more : {Arguments{"-t", "1,none"}, Arguments{"-t", "0"}, Arguments{"-t", "1,2000"},

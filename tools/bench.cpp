@@ -30,7 +30,7 @@ struct Flags {
   int64_t prompt = 512, reps = 5, prompts = 0, shard_mb = 5000;
   std::vector<int64_t> gens = {128}, depths = {0};
   std::vector<int> threads = {0};  // 0: one per available core
-  std::vector<double> sparsity;
+  std::vector<double> sparsity = {0.5};
   MachineOptions machine;
 
   int64_t deepest() const { return *std::ranges::max_element(depths); }
@@ -102,7 +102,8 @@ int32_t random_token(uint64_t& state, const ModelConfig& config) {
 }
 
 /// What `--prompts` reads, as long as the deepest and longest test: evenly spread stretches of a text, each
-/// behind the token that starts one, or random tokens of a seed each.
+/// behind the token that starts one, or random tokens of a seed each. Needs no weights, so that a text that
+/// will not do is refused before gigabytes are loaded.
 std::vector<std::vector<int32_t>> make_prompts(const Flags& f, const ModelConfig& config) {
   const auto length = static_cast<size_t>(f.deepest() + f.longest()), count = static_cast<size_t>(f.prompts);
   std::vector<std::vector<int32_t>> prompts(count);
@@ -124,6 +125,11 @@ std::vector<std::vector<int32_t>> make_prompts(const Flags& f, const ModelConfig
     const size_t rest = length - prompts[p].size();
     prompts[p].insert(prompts[p].end(), text.begin() + static_cast<std::ptrdiff_t>(first),
                       text.begin() + static_cast<std::ptrdiff_t>(first + rest));
+    for (const int32_t id : prompts[p]) {
+      if (id >= config.vocab)
+        fail(f.model, ": its tokenizer makes token id ", id, " of ", f.file,
+             ", outside the model's vocabulary of ", config.vocab);
+    }
   }
   return prompts;
 }
@@ -357,8 +363,10 @@ void save_random(const Flags& f, ThreadPool& pool) {
   std::fprintf(stderr, "bench: wrote %s\n", f.save.c_str());
 }
 
-/// The readings to compare, the dense one first; the model in the memory of `home`.
-std::vector<Reading> load(const Flags& f, Model& model, Machine& home) {
+/// The readings to compare, the dense one first; the model in the memory of `home`. plans: of random weights,
+/// by sparsity.
+std::vector<Reading> load(const Flags& f, const ModelConfig& config, const std::vector<Plan>& plans,
+                          Model& model, Machine& home) {
   if (!f.random_weights) {
     model = load_model(f.model);
     place(model, *home.backend);
@@ -367,17 +375,13 @@ std::vector<Reading> load(const Flags& f, Model& model, Machine& home) {
     if (!std::ranges::all_of(model.layers, as_read)) readings.push_back(reading_of(model));
     return readings;
   }
-  const ModelConfig config = parse_config(read_json(f.config), f.config);
-  const std::vector<double> sparsity = f.sparsity.empty() ? std::vector<double>{0.5} : f.sparsity;
-  std::vector<Plan> plans;
-  for (double s : sparsity) plans.push_back(plan_of(config, f.method, s));
   std::fprintf(stderr, "bench: making %s random weights\n", short_count(parameter_count(config)).c_str());
   model = make_random_model(config, plans[0], random_options(f), *home.pool);
   place(model, *home.backend);
   std::vector<Reading> readings = {dense_reading(model)};
   const Reading first = reading_of(model);
   for (size_t i = 0; i < plans.size(); ++i) {
-    if (sparsity[i] == 0) continue;  // the dense reading stands for it
+    if (f.sparsity[i] == 0) continue;  // the dense reading stands for it
     readings.push_back(first);
     readings.back().plans = plans[i].layers;
   }
@@ -404,15 +408,20 @@ int run(const Flags& f, const CLI::App& app) {
     save_random(f, pool);
     return 0;
   }
+  const ModelConfig config =
+      f.random_weights ? parse_config(read_json(f.config), f.config) : load_config(f.model);
+  std::vector<Plan> plans;
+  if (f.random_weights)
+    for (const double s : f.sparsity) plans.push_back(plan_of(config, f.method, s));
+  if (f.deepest() + f.longest() > config.context)
+    fail("--depth ", f.deepest(), " and ", f.longest(), " tokens: the model's context is ", config.context);
+  const std::vector<std::vector<int32_t>> prompts = make_prompts(f, config);
   MachineOptions options = f.machine;
   options.threads = *std::max_element(f.threads.begin(), f.threads.end());
   Machine home = make_machine(options);  // whose memory the model is in
   Model model;
-  const std::vector<Reading> readings = load(f, model, home);
-  if (f.deepest() + f.longest() > model.config.context)
-    fail("--depth ", f.deepest(), " and ", f.longest(), " tokens: the model's context is ",
-         model.config.context);
-  print(measure(f, model, readings, make_prompts(f, model.config)), f.format);
+  const std::vector<Reading> readings = load(f, config, plans, model, home);
+  print(measure(f, model, readings, prompts), f.format);
   return 0;
 }
 
