@@ -145,7 +145,7 @@ std::vector<DenseProduct> cublas_products(const ModelConfig& config, const Weigh
     for (const Step step : kSteps) {
       DenseProduct sum;
       for (Projection p : projections_of(step)) {
-        const Weight w = weights.at(l, p);  // they lie side by side
+        const Weight w = weights.at(l, p);  // they lie side by side, but for odd shapes' alignment
         if (!joined) all.push_back({w.data, w.in, w.out});
         sum = {sum.weight ? sum.weight : w.data, w.in, sum.out + w.out};
       }

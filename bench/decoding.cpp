@@ -16,6 +16,7 @@ namespace {
 using cuda::check;
 
 constexpr int64_t kFloat = sizeof(float);
+constexpr int64_t kAlign = 256;  // bytes, as cudaMalloc aligns: what each weight would be by itself
 
 }  // namespace
 
@@ -35,15 +36,15 @@ Weights::Weights(Backend& backend, const ModelConfig& config, DType dtype, Threa
   const Model model = make_random_model(one, plan, {dtype}, pool);
   for (Projection p : kProjections) {
     Weight& w = projection_[static_cast<size_t>(p)] = model.layers[0].weights[p];
-    CHECK(w.layout == Layout::channels && w.bytes() % 256 == 0);
+    CHECK(w.layout == Layout::channels);
     offset_[static_cast<size_t>(p)] = layer_bytes_;
-    layer_bytes_ += w.bytes();
+    layer_bytes_ += (w.bytes() + kAlign - 1) / kAlign * kAlign;
     if (!w.bias) continue;
     biases_.push_back(backend.upload(w.bias, w.out * kFloat));
     w.bias = static_cast<const float*>(biases_.back().get());
   }
   const int64_t smallest = projection_[static_cast<size_t>(Projection::wo)].bytes();
-  layers_ = std::max(config.layers, (kPool + smallest - 1) / smallest);
+  layers_ = std::max(config.layers, std::min(kMostLayers, (kPool + smallest - 1) / smallest));
   memory_ = backend.allocate(layers_ * layer_bytes_);
   char* const first = static_cast<char*>(memory_.get());
   for (size_t p = 0; p < kProjections.size(); ++p) {

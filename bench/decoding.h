@@ -22,10 +22,11 @@ constexpr const char* step_name(Step step) {
 std::vector<Projection> projections_of(Step step);
 
 /// A layer's random weights again and again, projection behind projection in device memory: as many layers as
-/// the model has, and more where its smallest product would not fill kPool.
+/// the model has, and more, up to kMostLayers, where its smallest product would not fill kPool.
 class Weights {
  public:
   static constexpr int64_t kPool = int64_t{1} << 30;  // bytes; an L2 has 50 MB
+  static constexpr int64_t kMostLayers = 1024;        // of four rows each: the backend remembers 4096 cuts
 
   Weights(Backend& backend, const ModelConfig& config, DType dtype, ThreadPool& pool);
 
