@@ -253,6 +253,7 @@ class BusyStream {
     check(cudaGetDevice(&stream_.device), "cudaGetDevice");
     check(cudaGetDeviceProperties(&properties, stream_.device), "cudaGetDeviceProperties");
     stream_.multiprocessors = properties.multiProcessorCount;
+    stream_.shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin) - cuda::kStaticShared;
     stream_.dependent = properties.major >= 9;
     check(cudaStreamCreateWithFlags(&stream_.stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
     check(cudaEventCreate(&start_), "cudaEventCreate");
