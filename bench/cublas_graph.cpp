@@ -24,7 +24,8 @@ class LtProduct {
  public:
   LtProduct(const DenseProduct& p, bool rows) {
     const cublasOperation_t turned = rows ? CUBLAS_OP_T : CUBLAS_OP_N;
-    check(cublasLtMatmulDescCreate(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F), "cublasLtMatmulDescCreate");
+    check(cublasLtMatmulDescCreate(operation.out(), CUBLAS_COMPUTE_32F, CUDA_R_32F),
+          "cublasLtMatmulDescCreate");
     check(cublasLtMatmulDescSetAttribute(operation, CUBLASLT_MATMUL_DESC_TRANSA, &turned, sizeof(turned)),
           "cublasLtMatmulDescSetAttribute");
     const int64_t lines = rows ? p.in : p.out, columns = rows ? p.out : p.in;
@@ -32,21 +33,14 @@ class LtProduct {
     make(x, p.in, 1);
     make(y, p.out, 1);
   }
-  ~LtProduct() {
-    cublasLtMatrixLayoutDestroy(weight);
-    cublasLtMatrixLayoutDestroy(x);
-    cublasLtMatrixLayoutDestroy(y);
-    cublasLtMatmulDescDestroy(operation);
-  }
-  LtProduct(const LtProduct&) = delete;
-  LtProduct& operator=(const LtProduct&) = delete;
 
-  cublasLtMatmulDesc_t operation = nullptr;
-  cublasLtMatrixLayout_t weight = nullptr, x = nullptr, y = nullptr;
+  using Layout = cuda::Handle<cublasLtMatrixLayout_t, cublasLtMatrixLayoutDestroy>;
+  cuda::Handle<cublasLtMatmulDesc_t, cublasLtMatmulDescDestroy> operation;
+  Layout weight, x, y;
 
  private:
-  static void make(cublasLtMatrixLayout_t& layout, int64_t lines, int64_t columns) {
-    check(cublasLtMatrixLayoutCreate(&layout, CUDA_R_16BF, static_cast<uint64_t>(lines),
+  static void make(Layout& layout, int64_t lines, int64_t columns) {
+    check(cublasLtMatrixLayoutCreate(layout.out(), CUDA_R_16BF, static_cast<uint64_t>(lines),
                                      static_cast<uint64_t>(columns), lines),
           "cublasLtMatrixLayoutCreate");
   }
@@ -82,9 +76,9 @@ class Recording {
 }  // namespace
 
 double Graph::median_ms(int times) const {
-  cudaEvent_t start{}, stop{};
-  check(cudaEventCreate(&start), "cudaEventCreate");
-  check(cudaEventCreate(&stop), "cudaEventCreate");
+  cuda::Handle<cudaEvent_t, cudaEventDestroy> start, stop;
+  check(cudaEventCreate(start.out()), "cudaEventCreate");
+  check(cudaEventCreate(stop.out()), "cudaEventCreate");
   std::vector<float> ms(static_cast<size_t>(times));
   for (float& t : ms) {
     check(cudaEventRecord(start, stream_), "cudaEventRecord");
@@ -93,31 +87,23 @@ double Graph::median_ms(int times) const {
     check(cudaEventSynchronize(stop), "cudaEventSynchronize after cudaGraphLaunch");
     check(cudaEventElapsedTime(&t, start, stop), "cudaEventElapsedTime");
   }
-  cudaEventDestroy(start);
-  cudaEventDestroy(stop);
   std::nth_element(ms.begin(), ms.begin() + times / 2, ms.end());
   return static_cast<double>(ms[static_cast<size_t>(times / 2)]);
 }
 
 Cublas::Cublas(int64_t widest) {
-  check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
-  check(cublasCreate(&handle_), "cublasCreate");
+  check(cudaStreamCreateWithFlags(stream_.out(), cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  check(cublasCreate(handle_.out()), "cublasCreate");
   check(cublasSetStream(handle_, stream_), "cublasSetStream");
   // After the stream, which takes the library's own; and a recording must not allocate.
   check(cublasSetWorkspace(handle_, workspace_.at_least(kWorkspace), kWorkspace), "cublasSetWorkspace");
-  check(cublasLtCreate(&lt_), "cublasLtCreate");
+  check(cublasLtCreate(lt_.out()), "cublasLtCreate");
   std::mt19937 random(1);
   std::vector<uint16_t> row(static_cast<size_t>(widest));
   for (uint16_t& v : row) v = static_cast<uint16_t>((random() & 0x807f) | 0x3f80);  // ±[1, 2) in bf16
   check(cudaMemcpy(x_.at_least(widest * 2), row.data(), row.size() * 2, cudaMemcpyHostToDevice),
         "cudaMemcpy");
   y_.at_least(widest * 2);
-}
-
-Cublas::~Cublas() {
-  if (lt_) cublasLtDestroy(lt_);
-  if (handle_) cublasDestroy(handle_);
-  if (stream_) cudaStreamDestroy(stream_);
 }
 
 void Cublas::multiply(const DenseProduct& p, const CublasWay& way) {

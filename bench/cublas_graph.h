@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "backend/cuda/handle.h"
 #include "backend/cuda/memory.h"
 
 namespace larosa {
@@ -56,9 +57,6 @@ class Cublas {
  public:
   /// Rows of up to `widest` entries.
   explicit Cublas(int64_t widest);
-  ~Cublas();
-  Cublas(const Cublas&) = delete;
-  Cublas& operator=(const Cublas&) = delete;
 
   /// The fastest way for products of one shape, timed over all of them. Ways that cuBLAS refuses are left
   /// out.
@@ -71,10 +69,10 @@ class Cublas {
   std::unique_ptr<Graph> record(std::span<const DenseProduct> products, const CublasWay* way);
   void multiply(const DenseProduct& product, const CublasWay& way);
 
-  cudaStream_t stream_ = nullptr;
-  cublasHandle_t handle_ = nullptr;
-  cublasLtHandle_t lt_ = nullptr;
-  cuda::Buffer workspace_, x_, y_;
+  cuda::Buffer workspace_, x_, y_;  // freed after the handles that use them
+  cuda::Handle<cudaStream_t, cudaStreamDestroy> stream_;
+  cuda::Handle<cublasHandle_t, cublasDestroy> handle_;
+  cuda::Handle<cublasLtHandle_t, cublasLtDestroy> lt_;
   std::map<std::pair<int64_t, int64_t>, CublasWay> fastest_;  // by (in, out)
 };
 

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "backend/cuda/handle.h"
 #include "backend/cuda/memory.h"
 #include "backend/cuda/one_row.h"
 #include "base/error.h"
@@ -31,24 +32,17 @@ int blas_int(int64_t n) {
 class Libraries {
  public:
   explicit Libraries(cudaStream_t stream) {
-    check(cublasCreate(&blas), "handle");
+    check(cublasCreate(blas.out()), "handle");
     check(cublasSetStream(blas, stream), "stream");
-    check(cusolverDnCreate(&solver), "handle");
+    check(cusolverDnCreate(solver.out()), "handle");
     check(cusolverDnSetStream(solver, stream), "stream");
     check(cusolverDnSetDeterministicMode(solver, CUSOLVER_DETERMINISTIC_RESULTS), "mode");
-    check(cusolverDnCreateParams(&parameters), "parameters");
+    check(cusolverDnCreateParams(parameters.out()), "parameters");
   }
-  ~Libraries() {
-    cusolverDnDestroyParams(parameters);
-    cusolverDnDestroy(solver);
-    cublasDestroy(blas);
-  }
-  Libraries(const Libraries&) = delete;
-  Libraries& operator=(const Libraries&) = delete;
 
-  cublasHandle_t blas = nullptr;
-  cusolverDnHandle_t solver = nullptr;
-  cusolverDnParams_t parameters = nullptr;
+  Handle<cublasHandle_t, cublasDestroy> blas;
+  Handle<cusolverDnHandle_t, cusolverDnDestroy> solver;
+  Handle<cusolverDnParams_t, cusolverDnDestroyParams> parameters;
 };
 
 /// The libraries' matrices are column-major: a row-major matrix is its transpose to them, an upper triangle a
