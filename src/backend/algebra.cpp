@@ -3,6 +3,7 @@
 #include <cblas.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -23,6 +24,11 @@ constexpr int64_t kTile = 128;  // columns per task: fixed, so that sums do not 
 
 int blas_int(int64_t n) {
   return static_cast<int>(n);
+}
+
+// LAPACK's own word is not enough: OpenBLAS's factor of a NaN is NaN, with info 0.
+bool finite(const double* values, int64_t count) {
+  return std::all_of(values, values + count, [](double v) { return std::isfinite(v); });
 }
 
 /// C = op(A) B by column tiles.
@@ -116,7 +122,8 @@ class HostAlgebra final : public Algebra {
     iwork.resize(static_cast<size_t>(liwork));
     dsyevd_("V", "L", &n, h.data.data(), &n, values.data(), work.data(), &lwork, iwork.data(), &liwork,
             &info);
-    if (info != 0) fail("calibration: the eigenvectors did not converge (LAPACK dsyevd ", info, ")");
+    if (info != 0 || !finite(h.row(0), h.rows * h.cols))
+      fail("calibration: the eigenvectors did not converge (LAPACK dsyevd ", info, ")");
   }
   void invert_factor(Matrix& a) override {
     openblas_set_num_threads(1);
@@ -124,7 +131,10 @@ class HostAlgebra final : public Algebra {
     int info = 0;
     dpotrf_("U", &n, a.data.data(), &n, &info);
     if (info == 0) dtrtri_("U", "N", &n, a.data.data(), &n, &info);
-    if (info != 0) fail("rounding: the inputs' moments have no factor (LAPACK ", info, "), are they finite?");
+    bool whole = info == 0;
+    for (int64_t i = 0; i < a.rows && whole; ++i)  // behind an infinite diagonal stands 0
+      whole = finite(a.row(i), i + 1) && a.row(i)[i] > 0;
+    if (!whole) fail("rounding: the inputs' moments have no factor (LAPACK ", info, "), are they finite?");
   }
 
  private:
