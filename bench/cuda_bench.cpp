@@ -16,6 +16,7 @@
 #include "backend/cuda/storage.h"
 #include "backend/devices.h"
 #include "base/error.h"
+#include "base/median.h"
 #include "base/thread_pool.h"
 #include "cublas_graph.h"
 #include "decoding.h"
@@ -37,19 +38,6 @@ struct Flags {
   double sample_seconds() const { return quick ? 2e-3 : 5e-3; }
   int rounds() const { return quick ? 3 : 7; }
 };
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t half = values.size() / 2;
-  return values.size() % 2 ? values[half] : 0.5 * (values[half - 1] + values[half]);
-}
-
-/// Of ratios taken within a round, so that a slow moment touches both sides.
-double median_ratio(const std::vector<double>& above, const std::vector<double>& below) {
-  std::vector<double> ratios;
-  for (size_t i = 0; i < above.size(); ++i) ratios.push_back(above[i] / below[i]);
-  return median(ratios);
-}
 
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -248,14 +236,7 @@ void print_tokens(const Flags& f, Backend& backend, const ModelConfig& config, c
 /// A device stream that is kept busy while launches are queued, so that the host's time is not counted.
 class BusyStream {
  public:
-  BusyStream() {
-    cudaDeviceProp properties{};
-    check(cudaGetDevice(&stream_.device), "cudaGetDevice");
-    check(cudaGetDeviceProperties(&properties, stream_.device), "cudaGetDeviceProperties");
-    stream_.multiprocessors = properties.multiProcessorCount;
-    stream_.shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin) - cuda::kStaticShared;
-    stream_.dependent = properties.major >= 9;
-    check(cudaStreamCreateWithFlags(&stream_.stream, cudaStreamNonBlocking), "cudaStreamCreateWithFlags");
+  BusyStream() : stream_(cuda::make_stream(0)) {
     check(cudaEventCreate(&start_), "cudaEventCreate");
     check(cudaEventCreate(&stop_), "cudaEventCreate");
     check(cudaMemset(from_.at_least(Weights::kPool), 0, Weights::kPool), "cudaMemset");
@@ -292,7 +273,7 @@ class BusyStream {
   }
 
  private:
-  cuda::Stream stream_;
+  const cuda::Stream stream_;
   cudaEvent_t start_ = nullptr, stop_ = nullptr;
   cuda::Buffer from_, to_;
 };

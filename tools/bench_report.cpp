@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "base/median.h"
 #include "command.h"
 #include "version.h"
 
@@ -15,19 +16,6 @@ namespace larosa {
 namespace {
 
 using Json = nlohmann::ordered_json;
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  const size_t half = values.size() / 2;
-  return values.size() % 2 ? values[half] : 0.5 * (values[half - 1] + values[half]);
-}
-
-/// Ratios are taken within a repetition, so that a slow moment of the machine touches both sides.
-double median_ratio(const std::vector<double>& above, const std::vector<double>& below) {
-  std::vector<double> ratios;
-  for (size_t i = 0; i < above.size(); ++i) ratios.push_back(above[i] / below[i]);
-  return median(ratios);
-}
 
 /// Of the bandwidth measured in the same repetition.
 double bandwidth_share(double bytes, const std::vector<double>& seconds,

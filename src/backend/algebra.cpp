@@ -26,7 +26,6 @@ int blas_int(int64_t n) {
   return static_cast<int>(n);
 }
 
-// LAPACK's own word is not enough: OpenBLAS's factor of a NaN is NaN, with info 0.
 bool finite(const double* values, int64_t count) {
   return std::all_of(values, values + count, [](double v) { return std::isfinite(v); });
 }
@@ -122,7 +121,7 @@ class HostAlgebra final : public Algebra {
     iwork.resize(static_cast<size_t>(liwork));
     dsyevd_("V", "L", &n, h.data.data(), &n, values.data(), work.data(), &lwork, iwork.data(), &liwork,
             &info);
-    if (info != 0 || !finite(h.row(0), h.rows * h.cols))
+    if (info != 0 || !is_finite(h))
       fail("calibration: the eigenvectors did not converge (LAPACK dsyevd ", info, ")");
   }
   void invert_factor(Matrix& a) override {
@@ -131,10 +130,8 @@ class HostAlgebra final : public Algebra {
     int info = 0;
     dpotrf_("U", &n, a.data.data(), &n, &info);
     if (info == 0) dtrtri_("U", "N", &n, a.data.data(), &n, &info);
-    bool whole = info == 0;
-    for (int64_t i = 0; i < a.rows && whole; ++i)  // behind an infinite diagonal stands 0
-      whole = finite(a.row(i), i + 1) && a.row(i)[i] > 0;
-    if (!whole) fail("rounding: the inputs' moments have no factor (LAPACK ", info, "), are they finite?");
+    if (info != 0 || !is_inverse_factor(a))
+      fail("rounding: the inputs' moments have no factor (LAPACK ", info, "), are they finite?");
   }
 
  private:
@@ -142,6 +139,15 @@ class HostAlgebra final : public Algebra {
 };
 
 }  // namespace
+
+bool is_finite(const Matrix& m) {
+  return finite(m.data.data(), m.rows * m.cols);
+}
+bool is_inverse_factor(const Matrix& m) {
+  for (int64_t i = 0; i < m.rows; ++i)
+    if (!finite(m.row(i), i + 1) || !(m.row(i)[i] > 0)) return false;
+  return true;
+}
 
 std::unique_ptr<Algebra> make_host_algebra(ThreadPool& pool) {
   return std::make_unique<HostAlgebra>(pool);

@@ -47,6 +47,12 @@ class Algebra {
   virtual void invert_factor(Matrix& a) = 0;
 };
 
+/// What both ways check of their results, since no library promises a status for what is not finite:
+/// OpenBLAS's factor of a NaN is NaN, with info 0.
+bool is_finite(const Matrix& m);
+/// A lower triangle that is finite with a positive diagonal: behind an infinite one stands 0.
+bool is_inverse_factor(const Matrix& m);
+
 /// By OpenBLAS and LAPACK, for backends in host memory. Products run over tiles of fixed size on the pool,
 /// one BLAS thread each, so that the bits do not depend on the number of threads.
 std::unique_ptr<Algebra> make_host_algebra(ThreadPool& pool);

@@ -9,6 +9,7 @@
 #include <set>
 
 #include "base/error.h"
+#include "base/median.h"
 #include "base/progress.h"
 #include "eval/report.h"
 #include "io/files.h"
@@ -464,12 +465,11 @@ class Sweep {
       if (model) sparse.push_back(decode_seconds(*model));
       dense.push_back(decode_seconds(dense_));
     }
-    const auto median = [&](std::vector<double>& seconds) {
-      std::sort(seconds.begin() + 1, seconds.end());
-      return static_cast<double>(options_.speed_tokens) / seconds[1 + kSpeedRepeats / 2];
+    const auto rate = [&](const std::vector<double>& seconds) {
+      return static_cast<double>(options_.speed_tokens) / median({seconds.begin() + 1, seconds.end()});
     };
-    const double speed = median(dense);
-    return {model ? median(sparse) : speed, speed};
+    const double speed = rate(dense);
+    return {model ? rate(sparse) : speed, speed};
   }
 
   /// Decodes speed_tokens tokens of the first text behind a short prompt.

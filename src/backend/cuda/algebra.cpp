@@ -3,8 +3,6 @@
 #include <cublas_v2.h>
 #include <cusolverDn.h>
 
-#include <algorithm>
-#include <cmath>
 #include <vector>
 
 #include "backend/cuda/handle.h"
@@ -28,11 +26,6 @@ void check(cusolverStatus_t status, const char* what) {
 
 int blas_int(int64_t n) {
   return static_cast<int>(n);
-}
-
-// The solvers' own word is not enough: they promise no status for NaN.
-bool finite(const double* values, int64_t count) {
-  return std::all_of(values, values + count, [](double v) { return std::isfinite(v); });
 }
 
 /// The libraries on a stream.
@@ -135,7 +128,7 @@ class CudaAlgebra final : public Algebra {
           "syevd");
     const int info = read_info();
     if (info == 0) fetch(stream_, a, h);
-    if (info != 0 || !finite(h.row(0), n * n))
+    if (info != 0 || !is_finite(h))
       fail("calibration: the eigenvectors did not converge (cuSOLVER syevd ", info, ")");
   }
 
@@ -162,10 +155,8 @@ class CudaAlgebra final : public Algebra {
       info = read_info();
     }
     if (info == 0) fetch(stream_, a, m);
-    bool whole = info == 0;
-    for (int64_t i = 0; i < n && whole; ++i)  // behind an infinite diagonal stands 0
-      whole = finite(m.row(i), i + 1) && m.row(i)[i] > 0;
-    if (!whole) fail("rounding: the inputs' moments have no factor (cuSOLVER ", info, "), are they finite?");
+    if (info != 0 || !is_inverse_factor(m))
+      fail("rounding: the inputs' moments have no factor (cuSOLVER ", info, "), are they finite?");
   }
 
  private:

@@ -3,11 +3,9 @@
 // blocks of queries walk over tiles of keys. An int8 cache keeps levels, which are multiplied as they are:
 // the scale of a position is taken up by its score and by its weight.
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
-#include <type_traits>
 
-#include "backend/cuda/device.cuh"
+#include "backend/cuda/cache.cuh"
 #include "backend/cuda/launch.h"
 #include "base/error.h"
 
@@ -29,75 +27,12 @@ struct Step {
   Link link;
 };
 
-template <class T>
-constexpr bool kLevels = std::is_same_v<T, int8_t>;
-
-/// Where a head's position stands: `head_dim` elements, and with int8 a scale.
-__device__ int64_t place_of(const CacheLayer& c, int64_t head, int64_t position) {
-  return head * c.capacity + position;
-}
-
 /// Entry e of a head, rotated where angles are given.
 __device__ float turned(const float* head, int e, int width, const Angles& at) {
   if (!at.cosine) return __ldcg(head + e);
   const int half = width / 2, i = e % half;
   const float2 pair = rotate_pair(__ldcg(head + i), __ldcg(head + i + half), at.cosine[i], at.sine[i]);
   return e < half ? pair.x : pair.y;
-}
-
-struct Most {
-  __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return max(a, b); }
-};
-/// One head's key or value, entry(e) of it, as levels and a scale (KvShape); by one warp.
-template <class Entry>
-__device__ void store_levels(const Entry& entry, int width, int8_t* to, float* scale) {
-  float x[kWidestHead / kWarp];
-  uint32_t bits = 0;  // of |x|: integers order like them and let no NaN slip through
-#pragma unroll
-  for (int i = 0; i < kWidestHead / kWarp; ++i) {
-    const int e = lane() + i * kWarp;
-    x[i] = e < width ? entry(e) : 0.0f;
-    bits = max(bits, __float_as_uint(x[i]) & 0x7fffffffu);
-  }
-  const float most = __uint_as_float(warp_reduce(bits, Most()));
-  const bool tiny = most < 0x1p-100f, good = !tiny && most <= FLT_MAX;
-  const float inverse = __fdiv_rn(127.0f, most);
-#pragma unroll
-  for (int i = 0; i < kWidestHead / kWarp; ++i) {
-    const int e = lane() + i * kWarp;
-    if (e < width) to[e] = static_cast<int8_t>(good ? __float2int_rn(__fmul_rn(x[i], inverse)) : 0);
-  }
-  if (lane() == 0) *scale = good ? __fdiv_rn(most, 127.0f) : tiny ? 0.0f : NAN;
-}
-
-/// Element e of a stored key or value.
-template <class T>
-__device__ float stored(const void* elements, const float* scales, int64_t place, int width, int e) {
-  const float v = widen(static_cast<const T*>(elements)[place * width + e]);
-  if constexpr (kLevels<T>) {
-    return __fmul_rn(scales[place], v);
-  } else {
-    return v;
-  }
-}
-
-/// Elements as they are stored: levels without their scale.
-template <class T, int kVector>
-__device__ void load_vector(const T* from, float (&to)[kVector]) {
-  if constexpr (kVector == 4 && sizeof(T) == 1) {
-    const char4 raw = *reinterpret_cast<const char4*>(from);
-    to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
-  } else if constexpr (kVector == 4 && sizeof(T) == 2) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(from);
-    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
-    const float2 b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
-    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
-  } else if constexpr (kVector == 4) {
-    const float4 raw = *reinterpret_cast<const float4*>(from);
-    to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
-  } else {
-    to[0] = widen(*from);
-  }
 }
 
 template <class T, int kHeads, int kVector>

@@ -19,24 +19,6 @@ namespace cuda {
 
 namespace {
 
-/// Chooses the device before anything is allocated on it.
-Stream make_stream(int device) {
-  Stream s;
-  s.device = device;
-  check(cudaSetDevice(device), "device");
-  cudaDeviceProp properties{};
-  check(cudaGetDeviceProperties(&properties, device), "device");
-  if (properties.major < 8) {
-    fail("cuda:", device, ": ", properties.name, " has compute capability ", properties.major, ".",
-         properties.minor, ", expected 8.0 or more");
-  }
-  s.multiprocessors = properties.multiProcessorCount;
-  s.shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin) - kStaticShared;
-  s.dependent = properties.major >= 9 && launches_may_depend();
-  check(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking), "stream");
-  return s;
-}
-
 class CudaBackend final : public Backend {
  public:
   explicit CudaBackend(const CudaOptions& options)

@@ -27,6 +27,9 @@ inline constexpr int kStaticShared = 10240;
 /// compute capability 9.0.
 bool launches_may_depend();
 
+/// A stream of a device, which becomes the thread's. Throws Error when it is too old.
+Stream make_stream(int device);
+
 /// Throws Error naming `what` for a failed call.
 void check(cudaError_t error, const char* what);
 

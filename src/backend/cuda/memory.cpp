@@ -12,6 +12,23 @@ void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) fail("cuda: ", what, ": ", cudaGetErrorString(error));
 }
 
+Stream make_stream(int device) {
+  Stream s;
+  s.device = device;
+  check(cudaSetDevice(device), "device");
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, device), "device");
+  if (properties.major < 8) {
+    fail("cuda:", device, ": ", properties.name, " has compute capability ", properties.major, ".",
+         properties.minor, ", expected 8.0 or more");
+  }
+  s.multiprocessors = properties.multiProcessorCount;
+  s.shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin) - kStaticShared;
+  s.dependent = properties.major >= 9 && launches_may_depend();
+  check(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking), "stream");
+  return s;
+}
+
 void* allocate_device(int64_t bytes) {
   void* data = nullptr;
   if (cudaMalloc(&data, static_cast<size_t>(std::max<int64_t>(bytes, 1))) == cudaSuccess) return data;

@@ -136,8 +136,8 @@ __device__ Cut find_cut(const Row& row, int keep, int guess) {
   }
 }
 
-/// Which entries are to be kept: what functions that are not inlined take, by value. Read from the kernel's
-/// arguments through a pointer, each word waits for the first-level cache.
+/// Which entries are to be kept: by value, since through a pointer to the kernel's arguments a function that
+/// is not inlined reads them from memory.
 struct Rule {
   Selects select;
   int cols, keep;
@@ -157,7 +157,7 @@ __device__ void clear_bins() {
 
 /// find_cut where the cut is within a quarter of an octave of `guess`, the cut of another row: one pass
 /// counts the keys around it in bins, which one barrier and a sum over the bins turn into the bin with the
-/// cut; a third of the time its few members are ranked. False: it was not there. Bins are clear.
+/// cut; where not all of its few members are kept, these are ranked. False: it was not there. Bins are clear.
 template <int kThreads, class Row>
 __device__ bool cut_near(const Row& row, int keep, int guess, Cut& cut) {
   constexpr int kShift = 13, kWarps = kThreads / kWarp;
