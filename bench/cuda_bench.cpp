@@ -101,7 +101,7 @@ void print_steps(const Flags& f, Backend& backend, const Weights& weights, Decod
                  double copies) {
   std::printf(
       "\nEach product, one layer's after another's, with its norm and selection inside as in decoding; "
-      "\"ready\": from a whole row or a list that stands in memory. GB/s of the weights that are read, "
+      "\"ready\": from a row that stands in memory, with its zeros. GB/s of the weights that are read, "
       "shares of the copies'.\n\n"
       "| product | kept | MB | us | GB/s | of copies | us, ready | of copies, ready |\n"
       "|---|--:|--:|--:|--:|--:|--:|--:|\n");
@@ -283,13 +283,13 @@ void print_topk(const Flags& f, Backend& backend) {
   constexpr int64_t kLaunches = 256;
   const std::vector<int64_t> lengths = {4096, 11008, 14336};
   std::printf(
-      "\n## Top-K as a launch of its own\n\nOne row with score weights to a list. \"device\": launches "
+      "\n## Top-K as a launch of its own\n\nOne row with score weights. \"device\": launches "
       "queued "
       "behind a copy, between two events; \"backend\": topk after topk through the door, which the host "
       "issues.\n\n| values | kept | us, device | us, backend |\n|--:|--:|--:|--:|\n");
   const Inputs inputs(backend, lengths.back());
   const auto kept = backend.make_selection(1, lengths.back());
-  const cuda::StoredList list(lengths.back());
+  const cuda::StoredRow row(lengths.back());
   BusyStream busy;
   Stopwatch watch(backend, f);
   for (const int64_t n : lengths) {
@@ -300,7 +300,7 @@ void print_topk(const Flags& f, Backend& backend) {
       rule.keep = static_cast<int>(count);
       rule.scale = inputs.scale();
       const double device = busy.median_us(kLaunches, [&](const cuda::Stream& s, int64_t i) {
-        cuda::select(s, inputs.row(i, n), rule, list.list, nullptr, nullptr);
+        cuda::select(s, inputs.row(i, n), rule, row.masked, row.kept);
       });
       // A selection that waits is launched when the next one comes.
       const double door = 1e6 / kLaunches * watch.median_sample(kLaunches, [&](int64_t i) {

@@ -67,13 +67,13 @@ TEST_F(Cuda, SparseEqualsDenseOfMaskedRow) {
     const auto kept = cuda().make_selection(1, s.in);
     for (const int64_t keep : keeps(s.in)) {
       cuda().topk(device.x.mat, nullptr, keep, *kept);
-      const auto fused = device.run_sparse(*kept), listed = device.run_sparse(*kept);
+      const auto fused = device.run_sparse(*kept), again = device.run_sparse(*kept);
       const DeviceRows masked(cuda(), Rows(1, s.in));
       cuda().expand(*kept, masked.mat);
       const auto dense = device.run(masked.mat);
       for (size_t p = 0; p < fused.size(); ++p) {
         EXPECT_EQ(bits_differ(fused[p].mat, dense[p].mat), 0) << keep;
-        EXPECT_EQ(bits_differ(fused[p].mat, listed[p].mat), 0) << keep;
+        EXPECT_EQ(bits_differ(fused[p].mat, again[p].mat), 0) << keep;
       }
       if (keep != s.in) continue;
       const auto all = device.run();
@@ -299,8 +299,8 @@ TEST_F(Cuda, SelectionsMatchRef) {
   }
 }
 
-/// The selection that a product's own blocks make is the one of the kernel: the list is written down by the
-/// first.
+/// The selection that a product's own blocks make is the one of the kernel: the first ones write it
+/// down.
 TEST_F(Cuda, FusedSelectionsMatchRef) {
   Random random(12);
   for (const int64_t n : {33, 4096, 11008, 14336, 18944}) {

@@ -143,7 +143,6 @@ class CudaBackend final : public Backend {
     const CudaSelection& s = static_cast<const CudaSelection&>(kept);
     CHECK(s.rows == y.rows && s.cols == y.cols);
     flush();
-    if (s.rows == 1) return expand_list(stream_, s.one->list, y.cols, y.data);
     copy(y.data, y.stride, s.mat().data, y.cols, y.rows, y.cols, cudaMemcpyDeviceToDevice);
   }
 
@@ -151,7 +150,7 @@ class CudaBackend final : public Backend {
     const CudaSelection& s = static_cast<const CudaSelection&>(kept);
     CHECK(s.rows == y.rows && s.cols == y.cols && x.rows == y.rows && x.cols == y.cols);
     flush();
-    mask(stream_, masked(s), false, x, y);
+    mask(stream_, s.mat(), false, x, y);
   }
 
   void matmul_outputs(Mat x, const Selection& kept, const Product& p) override {
@@ -161,15 +160,14 @@ class CudaBackend final : public Backend {
     if (x.rows == 1 && p.weight.layout == Layout::rows) return row_.multiply_outputs(x, s, p);
     matmul(x, std::span(&p, 1));
     flush();
-    mask(stream_, masked(s), true, p.y, p.y);
+    mask(stream_, s.mat(), true, p.y, p.y);
   }
 
   int64_t count(const Selection& kept) override {
     const CudaSelection& s = static_cast<const CudaSelection&>(kept);
     flush();
     std::vector<int32_t> counts(static_cast<size_t>(s.rows));
-    const int32_t* from = s.rows == 1 ? s.one->list.counts + 1 : s.kept.get<int32_t>();
-    check(cudaMemcpyAsync(counts.data(), from, counts.size() * 4, cudaMemcpyDeviceToHost, stream_.stream),
+    check(cudaMemcpyAsync(counts.data(), s.kept(), counts.size() * 4, cudaMemcpyDeviceToHost, stream_.stream),
           "copy");
     synchronize();
     int64_t total = 0;
@@ -229,11 +227,8 @@ class CudaBackend final : public Backend {
     kept.reset(x.rows, x.cols);
     if (x.rows == 1) return row_.select(x, rule, kept);
     flush();
-    cuda::select(stream_, x, rule, {}, kept.masked.get<float>(), kept.kept.get<int32_t>());
+    cuda::select(stream_, x, rule, kept.mat().data, kept.kept());
   }
-
-  /// A selection as rows with zeros.
-  Mat masked(const CudaSelection& s) { return s.rows > 1 ? s.mat() : row_.expanded(s); }
 
   void copy(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows, int64_t cols,
             cudaMemcpyKind kind) {

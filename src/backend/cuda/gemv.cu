@@ -1,6 +1,7 @@
 // The decoding product: one row times weights in channels layout. A group of blocks has a range of the
-// outputs, its tile; its threads share the listed channels, 16 bytes of outputs each, and their sums are
-// added in a fixed order: in the block, then over the blocks of the group, which meet for it.
+// outputs, its tile. Each block has its own channels of it, which its threads share, 16 bytes of outputs
+// each, and their sums are added in a fixed order: in the block, then over the blocks of the group, which
+// meet for it.
 #include <algorithm>
 
 #include "backend/cuda/gemv_types.cuh"
@@ -13,7 +14,6 @@ namespace larosa::cuda {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kGroup = 4;  // blocks of a group
 
 // A dependent launch puts its blocks where there is room, two on one multiprocessor and none on another if it
 // comes to that: on 66 of an H200's 132 then, and half of the bandwidth is lost. So a block takes more than
@@ -49,8 +49,8 @@ struct Args {
   int parts;
   Format format;                 // of every part
   int granule, granules, tiles;  // outputs of a granule; granules in all; tiles they are shared out to
-  int group;                     // blocks that share a tile
   bool paired;                   // a tile has the same outputs of both parts
+  bool held;                     // a block's memory holds the row
   int skips;
   SkipArgs skip[kMostSkips];
   Glu glu;
@@ -85,17 +85,16 @@ __device__ Place place_of(const Args& a, const Tile& tile, int column) {
   return {p, output - a.part[p].first * a.granule};
 }
 
-/// What a thread reads of every channel that is its own. The threads of a group of blocks stand side by side:
-/// thread after thread reads on where the one before has ended, over and over again. Those left over at the
-/// end do what the ones before them do.
+/// What a thread reads: the vector of outputs from `column` of the tile on, of every `step`-th of the block's
+/// own channels. Threads that are left over do what those before them do.
 struct Share {
-  int column;       // of the tile, the vector's first
-  int first, step;  // positions of the list
-  bool counts;      // not left over
+  int column;
+  int first, step;
+  bool counts;  // not left over
 };
-__device__ Share share_of(const Args& a, const Tile& tile, int lane, int rank) {
-  const int vectors = tile.columns / lane, thread = rank * kThreads + static_cast<int>(threadIdx.x);
-  const int groups = max(a.group * kThreads / vectors, 1), group = thread / vectors;
+__device__ Share share_of(const Tile& tile, int lane) {
+  const int vectors = tile.columns / lane, thread = static_cast<int>(threadIdx.x);
+  const int groups = kThreads / vectors, group = thread / vectors;
   return {thread % vectors * lane, min(group, groups - 1), groups, group < groups};
 }
 
@@ -106,75 +105,79 @@ struct Vector {
   int extra;  // gemv_types.cuh
 };
 
-/// Up to kAhead of the channels e, e + step, … of the list; kWhole: all of them are there.
-template <class Type, Where kWhere, bool kWhole>
-__device__ void add_batch(const Channels& channels, const List& list, int e, int step, const Vector& vector,
+/// Up to kAhead of the channels e, e + step, … ; kWhole: all of them are there.
+template <class Type, bool kAll, bool kWhole>
+__device__ void add_batch(const Channels& channels, int e, int step, const Vector& vector,
                           float (&sum)[Type::kLane]) {
-  constexpr int kAhead = Type::kAhead;
-  const auto* const values = reinterpret_cast<const float*>(block_memory() + channels.values);
-  const auto* const near = reinterpret_cast<const uint16_t*>(block_memory() + channels.near);
+  constexpr int kAhead = Type::kAhead, kStride = kAll ? kGroup : 1;
+  const auto* const near = reinterpret_cast<const uint32_t*>(block_memory() + channels.near);
+  const auto* const value = reinterpret_cast<const float*>(block_memory() + channels.value);
   const auto place = [&](int u) { return kWhole ? e + u * step : min(e + u * step, channels.count - 1); };
-  const auto channel = [&](int at) -> uint32_t {
-    return kWhere == Where::all ? at : kWhere == Where::near ? near[at] : __ldcg(list.index + at);
-  };
   typename Type::Loaded loaded[kAhead];
 #pragma unroll
-  for (int u = 0; u < kAhead; ++u)
-    loaded[u] = Type::load(vector.data + uint64_t{channel(place(u))} * vector.line, vector.extra);
+  for (int u = 0; u < kAhead; ++u) {
+    const uint32_t channel = kAll ? place(u) : near[place(u)];
+    loaded[u] = Type::load(vector.data + uint64_t{channel} * vector.line, vector.extra);
+  }
   __syncwarp();  // keeps the loads together: without it each is waited for before the next is issued
   asm volatile("" : "+r"(e));  // and their places are worked out again: kept, they were spilled
 #pragma unroll
   for (int u = 0; u < kAhead; ++u) {
     if (!kWhole && e + u * step >= channels.count) continue;
-    const int at = place(u);
-    const float x = kWhere == Where::list ? __ldcg(list.value + at) : values[channel(at)];
-    Type::add(loaded[u], x, sum);
+    Type::add(loaded[u], value[place(u) * kStride], sum);
   }
 }
-template <class Type, Where kWhere>
-__device__ void add_channels(const Channels& channels, const List& list, const Share& share,
-                             const Vector& vector, float (&sum)[Type::kLane]) {
+template <class Type, bool kAll>
+__device__ void add_channels(const Channels& channels, const Share& share, const Vector& vector,
+                             float (&sum)[Type::kLane]) {
   const int step = share.step;
   int e = share.first;
   // Lanes of a warp can belong to two groups; they turn the loop together.
   const int before = e - __reduce_min_sync(~0u, e), behind = __reduce_max_sync(~0u, e) - e;
 #pragma unroll 1
   for (; e + behind + (Type::kAhead - 1) * step < channels.count; e += Type::kAhead * step)
-    add_batch<Type, kWhere, true>(channels, list, e, step, vector, sum);
+    add_batch<Type, kAll, true>(channels, e, step, vector, sum);
 #pragma unroll 1
   for (; e - before < channels.count; e += Type::kAhead * step)
-    add_batch<Type, kWhere, false>(channels, list, e, step, vector, sum);
+    add_batch<Type, kAll, false>(channels, e, step, vector, sum);
 }
 
+/// Floats from one thread's sums to the next one's: eight threads that write four floats each are in
+/// different banks then.
+__host__ __device__ constexpr int sums_pitch(int lane) {
+  return lane / 4 % 2 == 0 ? lane + 4 : lane;
+}
 /// The thread's sums to shared memory at offset `at`, where the row was. A function of its own: inlined, the
 /// caller's values were spilled and fetched again inside of its loops (2 % of the tokens/s at 50 %), and
 /// every kernel had its own copy for every format.
 template <class Type>
-__device__ __noinline__ void add_vectors(Channels channels, List list, Share share, Vector vector, int padded,
+__device__ __noinline__ void add_vectors(Channels channels, int rank, Share share, Vector vector, int padded,
                                          int output, int at) {
   // Vectors beyond the last output read the first one.
   const int v = output < padded ? output / Type::kLane : 0;
   vector.data += v * 16;
   vector.extra = Type::extra(v, padded);
   float sum[Type::kLane] = {};
-  if (channels.where == Where::all) {
-    add_channels<Type, Where::all>(channels, list, share, vector, sum);
-  } else if (channels.where == Where::near) {
-    add_channels<Type, Where::near>(channels, list, share, vector, sum);
+  if (channels.all) {  // of every group of channels the one that is the block's
+    vector.data += rank * vector.line;
+    vector.line *= kGroup;
+    add_channels<Type, true>(channels, share, vector, sum);
   } else {
-    add_channels<Type, Where::list>(channels, list, share, vector, sum);
+    add_channels<Type, false>(channels, share, vector, sum);
   }
   __syncthreads();  // the row has been read
-  auto* const sums = reinterpret_cast<float*>(block_memory() + at) + threadIdx.x * Type::kLane;
+  constexpr int kPitch = sums_pitch(Type::kLane);
+  auto* const sums = reinterpret_cast<float4*>(block_memory() + at) + threadIdx.x * (kPitch / 4);
 #pragma unroll
-  for (int i = 0; i < Type::kLane; ++i) sums[i] = share.counts ? sum[i] : 0;
+  for (int i = 0; i < Type::kLane; i += 4)
+    sums[i / 4] = share.counts ? float4{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]} : float4{};
   __syncthreads();
 }
-__device__ void add_format(Format format, const Channels& channels, const List& list, const Share& share,
+__device__ void add_format(Format format, const Channels& channels, int rank, const Share& share,
                            const Lines& lines, int output, int at) {
   const Vector vector{lines.data, static_cast<uint32_t>(lines.line), 0};
   const auto add = [&](auto type) {
-    add_vectors<decltype(type)>(channels, list, share, vector, lines.padded, output, at);
+    add_vectors<decltype(type)>(channels, rank, share, vector, lines.padded, output, at);
   };
   switch (format) {
     case Format::f32:
@@ -211,23 +214,21 @@ __host__ __device__ constexpr int granule_of(Format f) {
 /// been read, of the threads' sums.
 template <class Take>
 __device__ void add_product(const Args& a, const Tile& tile, int rank, const Channels& channels,
-                            const List& list, const Lines* skip, int at, const Take& take) {
+                            const Lines* skip, int at, const Take& take) {
   const Format format = skip ? skip->format : a.format;
   const int lane = lane_of(format);
-  const Share share = share_of(a, tile, lane, rank);
+  const Share share = share_of(tile, lane);
   const Place place =
       skip ? Place{0, tile.first * a.granule + share.column} : place_of(a, tile, share.column);
-  add_format(format, channels, list, share, skip ? *skip : a.part[place.part].lines, place.output, at);
-  // The block's first vector is somewhere in the tile; a vector's next sum is a group further.
+  add_format(format, channels, rank, share, skip ? *skip : a.part[place.part].lines, place.output, at);
   const auto* const sums = reinterpret_cast<const float*>(block_memory() + at);
-  const int vectors = tile.columns / lane, begin = rank * kThreads % vectors;
+  const int vectors = tile.columns / lane, pitch = sums_pitch(lane);
 #pragma unroll 1
   for (int c = static_cast<int>(threadIdx.x); c < tile.columns; c += kThreads) {
     const int v = c / lane, i = c % lane;
-    const int first = v - begin + (v < begin ? vectors : 0);
     float total = 0;
 #pragma unroll 4
-    for (int t = first; t < kThreads; t += vectors) total = __fadd_rn(total, sums[t * lane + i]);
+    for (int t = v; t < kThreads; t += vectors) total = __fadd_rn(total, sums[t * pitch + i]);
     take(format == Format::int4 ? Nibbles::column(v, i) : c, total);
   }
   __syncthreads();
@@ -238,8 +239,8 @@ __device__ void add_skip(const Args& a, const Tile& tile, int rank, const SkipAr
                          float* total) {
   fetch_row<kThreads>(skip.x, skip.cols, reinterpret_cast<float*>(block_memory() + at));
   wait_for_row();
-  const Channels all{Where::all, at, 0, skip.cols, skip.cols};
-  add_product(a, tile, rank, all, {}, &skip.lines, at,
+  const Channels all{true, 0, at + rank * 4, Own{rank, kGroup}.count(skip.cols)};
+  add_product(a, tile, rank, all, &skip.lines, at,
               [&](int column, float sum) { total[column] = __fadd_rn(total[column], sum); });
 }
 
@@ -260,11 +261,11 @@ __device__ void meet(uint32_t* counter, int blocks) {
 
 /// The blocks' sums (group, tile.columns) to this block's outputs: sum, bias and y before, in this order.
 __device__ void finish(const Args& a, const Tile& tile, int rank, const float* joined) {
-  const int length = (tile.half + a.group - 1) / a.group, first = rank * length;
+  const int length = (tile.half + kGroup - 1) / kGroup, first = rank * length;
   const auto output_of = [&](int column) {
     float sum = __ldcg(joined + column);
 #pragma unroll 4
-    for (int r = 1; r < a.group; ++r) sum = __fadd_rn(sum, __ldcg(joined + r * tile.columns + column));
+    for (int r = 1; r < kGroup; ++r) sum = __fadd_rn(sum, __ldcg(joined + r * tile.columns + column));
     const Place place = place_of(a, tile, column);
     const Part& part = a.part[place.part];
     if (place.output >= part.out) return 0.0f;
@@ -292,10 +293,11 @@ __host__ __device__ inline int skipped_bytes(const Args& a) {
 }
 
 __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ Args a) {
-  const int block = static_cast<int>(blockIdx.x), rank = block % a.group, group = block / a.group;
-  const int groups = static_cast<int>(gridDim.x) / a.group;
+  const int block = static_cast<int>(blockIdx.x), rank = block % kGroup, group = block / kGroup;
+  const int groups = static_cast<int>(gridDim.x) / kGroup;
   float* const skipped = floats_at(0);
-  const RowMemory memory = row_memory(a.in, skipped_bytes(a));
+  const RowMemory memory = row_memory(a.in, skipped_bytes(a), a.held);
+  const int sums = sums_at(memory);
   fetch_weights<kThreads>(a.in, memory);
   wait_for_inputs(a.link);
 #pragma unroll 1
@@ -304,19 +306,19 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
     if (a.skips > 0)
       for (int j = static_cast<int>(threadIdx.x); j < tile.columns; j += kThreads) skipped[j] = 0;
 #pragma unroll 1
-    for (int i = 0; i < a.skips; ++i) add_skip(a, tile, rank, a.skip[i], memory.row, skipped);
+    for (int i = 0; i < a.skips; ++i) add_skip(a, tile, rank, a.skip[i], sums, skipped);
     // Sums take the row's place and keys that of their weights, so that every further tile makes it all
     // again.
     if (t != group) fetch_weights<kThreads>(a.in, memory);
-    const Channels channels = prepare_row<kThreads>(a.in, memory);
+    const Channels channels = prepare_row<kThreads>(a.in, memory, rank);
     start_next();  // not before: what it does there would hold the row up
     // Two places in turn: a block may be in the next tile while another still reads of this one.
-    float* const joined = a.scratch.partial + (group * 2 + t / groups % 2) * a.group * widest_tile(a);
-    add_product(a, tile, rank, channels, a.in.list, nullptr, memory.row, [&](int column, float sum) {
+    float* const joined = a.scratch.partial + (group * 2 + t / groups % 2) * kGroup * widest_tile(a);
+    add_product(a, tile, rank, channels, nullptr, sums, [&](int column, float sum) {
       if (a.skips > 0) sum = __fadd_rn(skipped[column], sum);
       __stcg(joined + rank * tile.columns + column, sum);
     });
-    meet(a.scratch.meetings + group, a.group);
+    meet(a.scratch.meetings + group, kGroup);
     finish(a, tile, rank, joined);
   }
   signal(a.link);
@@ -339,24 +341,23 @@ Lines lines_of(const Weight& w) {
 }
 
 int64_t sums_bytes(Format f) {
-  return int64_t{kThreads} * lane_of(f) * 4;
+  return int64_t{kThreads} * sums_pitch(lane_of(f)) * 4;
 }
 constexpr int kMostColumns = 4096;  // of a tile
 
-/// A block's memory with the widest tile there is; `row`: what a row and its sums take.
-int64_t most_shared(const Input& in, int64_t row) {
-  return row_memory(in, kMostColumns * 4).row + row;
+/// A block's memory where skips have sums of `turned` bytes; row: what a row that they read takes.
+int64_t shared_bytes(const Input& in, bool held, int64_t turned, int64_t sums, int64_t row) {
+  const RowMemory m = row_memory(in, static_cast<int>(turned), held);
+  return std::max<int64_t>(m.end, sums_at(m) + std::max(sums, row));
 }
 
 /// How the outputs are shared out: evenly to groups of blocks, in as many rounds as it takes for every thread
-/// to have a vector.
-void share_out(const Stream& s, Args& a) {
-  a.group = std::min(kGroup, s.multiprocessors);
-  const int groups = s.multiprocessors / a.group;
+/// to have a vector of `lane`.
+void share_out(const Stream& s, Args& a, int lane) {
+  const int groups = s.multiprocessors / kGroup;
   for (a.tiles = std::min(groups, a.granules);; a.tiles += groups) {
     const int widest = widest_tile(a);
-    if (a.tiles >= a.granules || (widest <= kThreads * a.group * lane_of(a.format) && widest <= kMostColumns))
-      return;
+    if (a.tiles >= a.granules || (widest <= kThreads * lane && widest <= kMostColumns)) return;
   }
 }
 
@@ -367,17 +368,20 @@ bool gemv_together(const Weight& a, const Weight& b) {
 }
 
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w) {
-  constexpr int64_t kLongest = 65536;  // a listed channel is 16 bits
-  return in.cols <= kLongest &&
-         most_shared(in, std::max<int64_t>(sums_bytes(format_of(w)), row_bytes(in))) <= s.shared_bytes;
+  return in.cols <= gemv_longest(s) &&
+         shared_bytes(in, true, kMostColumns * 4, sums_bytes(format_of(w)), 0) <= s.shared_bytes;
+}
+
+int64_t gemv_longest(const Stream& s) {
+  return (s.shared_bytes - kMostColumns * 4) / 8 * kGroup - kGroup * kWarp;
 }
 
 bool gemv_skips(const Stream& s, const Input& in, const Weight& w, const Weight& skip) {
   if (w.layout != Layout::channels || skip.layout != Layout::channels || w.out != skip.out ||
       !aligned(format_of(w)) || !aligned(format_of(skip)))
     return false;
-  return most_shared(in, std::max<int64_t>({sums_bytes(format_of(w)), row_bytes(in),
-                                            sums_bytes(format_of(skip)), skip.in * 4})) <= s.shared_bytes;
+  const int64_t sums = std::max(sums_bytes(format_of(w)), sums_bytes(format_of(skip)));
+  return shared_bytes(in, true, kMostColumns * 4, sums, skip.in * 4) <= s.shared_bytes;
 }
 
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
@@ -390,12 +394,18 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   a.format = format_of(products[0].weight);
   a.granule = granule_of(a.format);
   a.paired = glu.mid != nullptr;
-  int64_t shared = std::max<int64_t>(sums_bytes(a.format), row_bytes(in));
+  a.held = gemv_fuses(s, in, products[0].weight);
+  if (!a.held && in.cols > gemv_longest(s))
+    fail("cuda: a row of ", in.cols, " entries is too long, expected at most ", gemv_longest(s));
+  int64_t sums = sums_bytes(a.format), row = 0;
+  int lane = lane_of(a.format);
   for (const Skip& skip : skips) {
     const SkipArgs& args =
         a.skip[a.skips++] = {skip.x, lines_of(skip.weight), static_cast<int>(skip.weight.in)};
     a.granule = std::max(a.granule, granule_of(args.lines.format));
-    shared = std::max({shared, sums_bytes(args.lines.format), skip.weight.in * 4});
+    sums = std::max(sums, sums_bytes(args.lines.format));
+    row = std::max(row, skip.weight.in * 4);
+    lane = std::min(lane, lane_of(args.lines.format));
   }
   for (const Product& p : products) {
     a.part[a.parts++] = {lines_of(p.weight), p.weight.bias, p.y.data, static_cast<int>(p.weight.out),
@@ -403,14 +413,14 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
     a.granules += (a.part[a.parts - 1].lines.padded + a.granule - 1) / a.granule;
   }
   if (a.paired) a.granules /= 2;
-  share_out(s, a);
-  shared += row_memory(in, skipped_bytes(a)).row;
-  const int groups = std::min(a.tiles, s.multiprocessors / a.group);
-  CHECK(int64_t{2} * groups * a.group * widest_tile(a) <= kPartialFloats && groups <= kTickets);
+  share_out(s, a, lane);
+  const int64_t shared = shared_bytes(in, a.held, skipped_bytes(a), sums, row);
+  const int groups = std::min(a.tiles, s.multiprocessors / kGroup);
+  CHECK(int64_t{2} * groups * kGroup * widest_tile(a) <= kPartialFloats && groups <= kTickets);
   a.link = chain.link(s);
-  launch_kernel(s, gemv_kernel, groups * a.group, kThreads,
+  launch_kernel(s, gemv_kernel, groups * kGroup, kThreads,
                 std::max(shared, std::min<int64_t>(kLeastShared, s.shared_bytes)), a);
-  chain.launched(static_cast<unsigned>(groups * a.group));
+  chain.launched(static_cast<unsigned>(groups * kGroup));
 }
 
 bool launches_may_depend() {

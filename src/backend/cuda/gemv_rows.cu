@@ -21,7 +21,9 @@ struct Args {
   Input in;
   int out;
   bool accumulate, aligned;
-  List outputs;  // listed: which outputs are wanted
+  // Listed: which outputs are wanted, and of these those whose `chosen` is not zero.
+  const int32_t *count, *index;
+  const float* chosen;
 };
 
 template <class T>
@@ -44,13 +46,13 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   const int64_t line = static_cast<int64_t>(a.in.cols) * static_cast<int64_t>(sizeof(T));
   const int vectors = a.aligned ? a.in.cols / kVector : 0;
   const int stride = static_cast<int>(gridDim.x) * kWarps * kRows;
-  const int count = kListed ? __ldcg(a.outputs.counts) : a.out;
+  const int count = kListed ? __ldcg(a.count) : a.out;
   for (int first = (static_cast<int>(blockIdx.x) * kWarps + warp()) * kRows; first < count; first += stride) {
     float sum[kRows] = {};
     int64_t output[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
-      output[r] = kListed && first + r < count ? __ldcg(a.outputs.index + first + r) : first + r;
+      output[r] = kListed && first + r < count ? __ldcg(a.index + first + r) : first + r;
     for (int v = lane(); v < vectors; v += kAhead * kWarp) {
       uint4 loaded[kAhead][kRows];
 #pragma unroll
@@ -88,7 +90,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
     for (int r = 0; r < kRows; ++r) {
       float total = warp_reduce(sum[r], Add());
       if (lane() != 0 || first + r >= count) continue;
-      if (kListed && __ldcg(a.outputs.value + first + r) == 0) continue;
+      if (kListed && __ldcg(a.chosen + output[r]) == 0) continue;
       if (a.bias) total = __fadd_rn(total, a.bias[output[r]]);
       if (a.accumulate) total = __fadd_rn(total, a.y[output[r]]);
       a.y[output[r]] = total;
@@ -97,7 +99,8 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 }
 
 template <bool kListed>
-void launch(const Stream& s, const Input& in, const Product& product, const List& outputs) {
+void launch(const Stream& s, const Input& in, const Product& product, const int32_t* listed,
+            const float* chosen) {
   const Weight& w = product.weight;
   const int64_t shared = in.cols * static_cast<int64_t>(sizeof(float));
   if (shared > s.shared_bytes) fail("cuda: a row of ", in.cols, " entries does not fit in shared memory");
@@ -109,7 +112,9 @@ void launch(const Stream& s, const Input& in, const Product& product, const List
                static_cast<int>(w.out),
                product.accumulate,
                aligned,
-               outputs};
+               listed,
+               listed ? listed + 1 : nullptr,
+               chosen};
   const int blocks = std::clamp((a.out + kRows * kWarps - 1) / (kRows * kWarps), 1, s.multiprocessors);
   if (w.dtype == DType::f32)
     return launch_kernel(s, rows_kernel<float, kListed>, blocks, kThreads, shared, a);
@@ -122,13 +127,15 @@ void launch(const Stream& s, const Input& in, const Product& product, const List
 }  // namespace
 
 void gemv_rows(const Stream& s, const Input& in, const Product& product) {
-  launch<false>(s, in, product, {});
+  launch<false>(s, in, product, nullptr, nullptr);
 }
 
-void gemv_outputs(const Stream& s, const Input& in, const Product& product, const List& outputs) {
+void gemv_outputs(const Stream& s, const Input& in, const Product& product, const float* chosen,
+                  int32_t* scratch) {
+  list_entries(s, chosen, product.y.cols, scratch, scratch + 1);
   const size_t bytes = static_cast<size_t>(product.y.cols) * sizeof(float);
   check(cudaMemsetAsync(product.y.data, 0, bytes, s.stream), "memory");
-  launch<true>(s, in, product, outputs);
+  launch<true>(s, in, product, scratch, chosen);
 }
 
 }  // namespace larosa::cuda

@@ -34,16 +34,9 @@ Stream make_stream(int device);
 void check(cudaError_t error, const char* what);
 
 /// What a product's row is made of, before anything is selected.
-enum class Source { row, norm, list };
+enum class Source { row, norm };
 /// Which of its entries count.
 enum class Selects { all, topk, threshold };
-
-/// A compacted row: kept entries other than +0 in the order of the index.
-struct List {
-  int32_t* index = nullptr;
-  float* value = nullptr;
-  int32_t* counts = nullptr;  // [0] entries listed, [1] entries kept
-};
 
 /// One row as a product wants it, made by the product's own blocks.
 struct Input {
@@ -56,7 +49,8 @@ struct Input {
   const float* scale = nullptr;  // score weights, or null
   float* values = nullptr;       // where norm puts the row; or null
   int32_t* guess = nullptr;      // the cut of the last time, left for the next; or null
-  List list;                     // source list: read. Otherwise where the list goes, or null
+  float* masked = nullptr;       // where a selection goes, as a row with zeros; or null
+  int32_t* kept = nullptr;       // and how many entries it kept
 };
 
 /// A second row, all of it times weights of its own, whose product is added to the first output.
@@ -106,8 +100,10 @@ class Chain {
   bool linked_ = false;
 };
 
-/// True when gemv makes the row itself; it needs a list of a longer one.
+/// True when gemv can make the row itself. A longer one has to stand in memory with its zeros, and has at
+/// most gemv_longest entries.
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w);
+int64_t gemv_longest(const Stream& s);
 /// True when both can be products of one launch.
 bool gemv_together(const Weight& a, const Weight& b);
 /// True when gemv can add x times `skip` to the product of `in` with w.
@@ -119,12 +115,14 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
           const Glu& glu, const Scratch& scratch, Chain& chain);
 /// The same for one weight in rows layout.
 void gemv_rows(const Stream& s, const Input& in, const Product& product);
-/// Of it the outputs that the list has and whose value is not zero; the others become zero.
-void gemv_outputs(const Stream& s, const Input& in, const Product& product, const List& outputs);
+/// Of it the outputs where `chosen` (1, out) is not zero; the others become zero. scratch: 1 + out integers.
+void gemv_outputs(const Stream& s, const Input& in, const Product& product, const float* chosen,
+                  int32_t* scratch);
 
-/// Selection of (rows, cols): one row to `list`; several to `masked` (rows, cols) and `kept` (rows).
-void select(const Stream& s, Mat x, const Input& rule, const List& list, float* masked, int32_t* kept);
-void expand_list(const Stream& s, const List& list, int64_t cols, float* y);
+/// Selection of (rows, cols) to `masked` (rows, cols) and `kept` (rows).
+void select(const Stream& s, Mat x, const Input& rule, float* masked, int32_t* kept);
+/// count[0] entries of a row that are not +0, and their indices in order.
+void list_entries(const Stream& s, const float* row, int64_t cols, int32_t* count, int32_t* index);
 
 void embed(const Stream& s, const Weight& table, const int32_t* tokens, int32_t only, Mat x);
 void rms_norm(const Stream& s, Mat x, const float* gain, float eps, Mat y);

@@ -70,8 +70,7 @@ void OneRow::make(const Pending& p) {
   const Mat x(const_cast<float*>(p.in.x), 1, p.in.cols);
   chain_.cut();
   if (p.in.source == Source::norm) cuda::rms_norm(stream_, x, p.in.gain, p.in.eps, p.row);
-  if (p.list)
-    cuda::select(stream_, p.in.source == Source::row ? x : p.row, p.in, p.list->list, nullptr, nullptr);
+  if (p.in.masked) cuda::select(stream_, p.row, p.in, p.in.masked, p.in.kept);
 }
 
 OneRow::Pending OneRow::plain(Mat row) {
@@ -81,17 +80,16 @@ OneRow::Pending OneRow::plain(Mat row) {
   p.row = row;
   return p;
 }
-OneRow::Pending OneRow::listed(std::shared_ptr<StoredList> list, int64_t cols) {
-  Pending p;
-  p.in.source = Source::list;
-  p.in.cols = static_cast<int>(cols);
-  p.list = std::move(list);
-  return p;
+/// p once it has been made: the row, or what a selection has left of it.
+OneRow::Pending OneRow::made(const Pending& p) {
+  Pending row = plain(p.in.masked ? Mat(p.in.masked, 1, p.in.cols) : p.row);
+  row.stored = p.stored;
+  return row;
 }
 
 /// x as the source of a product: what waits to become it, or x itself. A skip waits on.
 OneRow::Pending OneRow::take_row(Mat x) {
-  if (row_ && !row_->list && row_->row.data == x.data && row_->row.cols == x.cols) {
+  if (row_ && !row_->in.masked && row_->row.data == x.data && row_->row.cols == x.cols) {
     Pending taken = *std::exchange(row_, std::nullopt);
     flush_rows();
     return taken;
@@ -118,7 +116,9 @@ void OneRow::select(Mat x, const Input& rule, CudaSelection& kept) {
   next.in.keep = rule.keep;
   next.in.cut = rule.cut;
   next.in.scale = rule.scale;
-  next.list = kept.one;
+  next.in.masked = kept.one->masked;
+  next.in.kept = kept.one->kept;
+  next.stored = kept.one;
   row_ = next;
 }
 
@@ -170,26 +170,21 @@ void OneRow::multiply(Mat x, std::span<const Product> products) {
 }
 
 void OneRow::multiply_kept(const CudaSelection& kept, std::span<const Product> products) {
-  if (row_ && row_->list == kept.one && !row_->touches(products))
+  if (row_ && row_->stored == kept.one && !row_->touches(products))
     return multiply_from(*std::exchange(row_, std::nullopt), products);
   flush_waiting();
-  multiply_from(listed(kept.one, kept.cols), products);
-}
-
-Mat OneRow::expanded(const CudaSelection& kept) {
-  flush();
-  auto* const row = static_cast<float*>(dense_.at_least(kept.cols * 4));
-  expand_list(stream_, kept.one->list, kept.cols, row);
-  return Mat(row, 1, kept.cols);
+  Pending row = plain(kept.mat());
+  row.stored = kept.one;
+  multiply_from(row, products);
 }
 
 void OneRow::multiply_outputs(Mat x, const CudaSelection& kept, const Product& product) {
   flush();
-  gemv_outputs(stream_, plain(x).in, product, kept.one->list);
+  auto* const scratch = static_cast<int32_t*>(outputs_.at_least((1 + kept.cols) * 4));
+  gemv_outputs(stream_, plain(x).in, product, kept.mat().data, scratch);
 }
 
-/// The first launch makes the row and, where more launches or the caller want them, writes down row and list
-/// for them.
+/// The first launch makes the row and writes it down, and the others read it.
 void OneRow::multiply_from(Pending from, std::span<const Product> products) {
   for (const Product& p : products) CHECK(p.weight.in == from.in.cols && p.y.cols == p.weight.out);
   if (skip_ && !takes_skip(from, products)) flush_skip();
@@ -202,15 +197,13 @@ void OneRow::multiply_from(Pending from, std::span<const Product> products) {
       from = multiply_rows(from, products[first]);
       continue;
     }
-    const bool more = end < products.size();
-    if (more && !from.list && from.in.source != Source::list) from.list = every(from.in.cols);
-    if (!more && products.size() == 2 && first == 0 && w.out == products[1].weight.out &&
+    if (end == products.size() && products.size() == 2 && first == 0 && w.out == products[1].weight.out &&
         !products[0].accumulate && !products[1].accumulate && !from.touches(products)) {
       pair_ = PendingPair{from, {products[0], products[1]}};
       return;
     }
     launch(from, products.subspan(first, end - first), {});
-    if (more && from.in.source != Source::list) from = listed(from.list, from.in.cols);
+    from = made(from);
   }
 }
 
@@ -226,13 +219,11 @@ bool OneRow::takes_skip(const Pending& from, std::span<const Product> products) 
 /// The one place where gemv is launched: with the skip that waits for this product.
 void OneRow::launch(Pending from, std::span<const Product> products, const Glu& glu) {
   const Weight& w = products[0].weight;
-  if (from.in.source != Source::list && !gemv_fuses(stream_, from.in, w)) {
-    if (!from.list) from.list = every(from.in.cols);
+  if ((from.in.source == Source::norm || from.in.masked) && !gemv_fuses(stream_, from.in, w)) {
     make(from);
-    from = listed(from.list, from.in.cols);
+    from = made(from);
   }
   Input in = from.in;
-  if (from.list) in.list = from.list->list;
   if (in.source == Source::norm) in.values = from.row.data;
   if (in.select == Selects::topk) in.guess = guess_of(w);
   Skip skips[kMostSkips];
@@ -255,33 +246,17 @@ int32_t* OneRow::guess_of(const Weight& w) {
   return guesses_.get<int32_t>() + at->second;
 }
 
-/// A list of ours for a row that no selection has one for.
-std::shared_ptr<StoredList> OneRow::every(int64_t cols) {
-  if (!every_ || every_cols_ < cols) {
-    every_ = std::make_shared<StoredList>(cols);
-    every_cols_ = cols;
-  }
-  return every_;
-}
-
 /// A product with a weight in rows layout; returns the row for the next one.
 OneRow::Pending OneRow::multiply_rows(Pending from, const Product& product) {
-  if (from.list || from.in.source == Source::list) {
-    if (from.in.source != Source::list) {
-      make(from);
-      from = listed(from.list, from.in.cols);
-    }
-    float* const dense = static_cast<float*>(dense_.at_least(from.in.cols * 4));
-    chain_.cut();
-    expand_list(stream_, from.list->list, from.in.cols, dense);
-    gemv_rows(stream_, plain(Mat(dense, 1, from.in.cols)).in, product);
-    return from;
+  if (from.in.masked) {
+    make(from);
+    from = made(from);
   }
   Input in = from.in;
   if (in.source == Source::norm) in.values = from.row.data;
   chain_.cut();
   gemv_rows(stream_, in, product);
-  return plain(from.row);
+  return made(from);
 }
 
 }  // namespace larosa::cuda

@@ -38,8 +38,6 @@ class OneRow {
   void rotate(Mat x, const Weight& basis, Mat y, bool accumulate);
   void multiply(Mat x, std::span<const Product> products);
   void multiply_kept(const CudaSelection& kept, std::span<const Product> products);
-  /// A selection of one row with zeros where nothing was kept.
-  Mat expanded(const CudaSelection& kept);
   /// Of the product the outputs in `kept`, zero elsewhere; rows layout.
   void multiply_outputs(Mat x, const CudaSelection& kept, const Product& product);
 
@@ -47,8 +45,8 @@ class OneRow {
   /// A row that has not been made yet, and what is to be selected from it.
   struct Pending {
     Input in;
-    Mat row;                           // where it will stand
-    std::shared_ptr<StoredList> list;  // of the selection, or null
+    Mat row;                            // where it will stand
+    std::shared_ptr<StoredRow> stored;  // where its selection goes (in.masked), or what it is read from
 
     bool touches(const Mat& m) const;
     bool touches(std::span<const Product> products) const;
@@ -71,7 +69,7 @@ class OneRow {
   };
 
   static Pending plain(Mat row);
-  static Pending listed(std::shared_ptr<StoredList> list, int64_t cols);
+  static Pending made(const Pending& p);
   Pending take_row(Mat x);
   void make(const Pending& p);
   void flush_rows();
@@ -83,7 +81,6 @@ class OneRow {
   int32_t* guess_of(const Weight& w);
   /// The same, but what comes next is one of ours.
   void flush_waiting();
-  std::shared_ptr<StoredList> every(int64_t cols);
 
   static constexpr int kGuesses = 4096;
   const Stream& stream_;
@@ -91,12 +88,10 @@ class OneRow {
   std::optional<PendingRope> rope_;
   std::optional<PendingPair> pair_;
   std::optional<PendingSkip> skip_;
-  Buffer partial_, tickets_, guesses_, dense_;
+  Buffer partial_, tickets_, guesses_, outputs_;
   Scratch scratch_;
   std::unordered_map<const void*, int> guess_at_;
   Chain chain_;
-  std::shared_ptr<StoredList> every_;
-  int64_t every_cols_ = 0;
 };
 
 }  // namespace larosa::cuda

@@ -83,58 +83,86 @@ __device__ inline char* block_memory() {
   return memory;
 }
 
-/// Where a row's channels stand: all of them in the values, those that a list in shared memory names, or a
-/// list in global memory.
-enum class Where { all, near, list };
-struct Channels {
-  Where where;
-  int values, near;  // offsets in the block's memory: float each, uint16_t each
-  int count, kept;
-};
-
-/// Where a product's block has what: offsets in its memory. Gain and score weights are there before the row
-/// is (of the first tile); keys take the place of the weights; a row's values are followed by its list.
-struct RowMemory {
-  int gain, keys;  // or -1
-  int row;
-  bool scaled;  // keys begin as score weights
-};
+/// Blocks that share a product's channels, each its own (Own).
+inline constexpr int kGroup = 4;
 __host__ __device__ inline int padded_bytes(int cols, int size) {
   return (cols * size + 15) / 16 * 16;
 }
-__host__ __device__ inline RowMemory row_memory(const Input& in, int at) {
-  const bool made = in.source != Source::list;
-  RowMemory m{-1, -1, at, made && in.scale};
-  if (made && in.source == Source::norm && in.gain) {
-    m.gain = m.row;
-    m.row += padded_bytes(in.cols, 4);
+/// Bytes of the longest list of a block's own channels: numbers and values.
+__host__ __device__ inline int list_bytes(int cols) {
+  return 2 * padded_bytes((cols + kGroup - 1) / kGroup, 4);
+}
+
+/// A block's own channels: all of them, whose values stand kGroup floats apart, or those of a list.
+struct Channels {
+  bool all;
+  int near, value;  // offsets in the block's memory: the list's numbers; values
+  int count;
+};
+
+/// Where a product's block has what: offsets in its memory. Gain and score weights are there before the row
+/// is (of the first tile); keys take the place of the weights; a row is followed by its list.
+struct RowMemory {
+  int gain, keys, row;  // or -1; row: the list is made from where the row stands
+  int list, end;
+  bool scaled;  // keys begin as score weights
+};
+/// held: the row fits; one that does not stands ready, and only its list is made.
+__host__ __device__ inline RowMemory row_memory(const Input& in, int at, bool held) {
+  RowMemory m{-1, -1, -1, at, 0, held && in.scale};
+  if (held && in.source == Source::norm && in.gain) {
+    m.gain = m.list;
+    m.list += padded_bytes(in.cols, 4);
   }
-  if (made && (in.scale || in.select != Selects::all)) {
-    m.keys = m.row;
-    m.row += padded_bytes(in.cols, 4);
+  if (held && (in.scale || in.select != Selects::all)) {
+    m.keys = m.list;
+    m.list += padded_bytes(in.cols, 4);
   }
+  if (held) {
+    m.row = m.list;
+    m.list += padded_bytes(in.cols, 4);
+  }
+  m.end = m.list + list_bytes(in.cols);
   return m;
 }
-__host__ __device__ inline int row_bytes(const Input& in) {
-  return in.source == Source::list ? 0 : padded_bytes(in.cols, 4) + padded_bytes(in.cols, 2);
+/// Where sums can stand, once row and list have been read.
+__host__ __device__ inline int sums_at(const RowMemory& m) {
+  return m.row < 0 ? m.list : m.row;
 }
 __device__ inline float* floats_at(int offset) {
   return offset < 0 ? nullptr : reinterpret_cast<float*>(block_memory() + offset);
 }
 
-/// Lists what counts of the row at offset `at`.
+/// Lists what counts of a block's own channels; the first group of blocks writes the selection down.
 template <int kThreads, class Row>
-__device__ int2 choose(const Row& row, const Rule& rule, int at) {
-  auto* const near = reinterpret_cast<uint16_t*>(block_memory() + at + padded_bytes(rule.cols, 4));
+__device__ int choose(const Row& row, const Rule& rule, int list, int rank) {
+  auto* const near = reinterpret_cast<uint32_t*>(block_memory() + list);
+  auto* const value = reinterpret_cast<float*>(block_memory() + list + list_bytes(rule.cols) / 2);
   const Cut cut = cut_of<kThreads>(row, rule, select_scratch<kThreads>().guess);
-  const int2 counts =
-      compact<kThreads>(row, cut, [&](int place, int i) { near[place] = static_cast<uint16_t>(i); });
-  if (rule.guess && blockIdx.x == 0 && threadIdx.x == 0) __stcg(rule.guess, cut.key);
+  float* const masked = blockIdx.x < kGroup ? rule.masked : nullptr;
+  const int count = compact<kThreads>(
+      row, cut, Own{rank, kGroup},
+      [&](int place, int e) {
+        const float v = row.value(e);
+        near[place] = static_cast<uint32_t>(e);
+        value[place] = v;
+        if (masked) masked[e] = v;
+      },
+      [&](int e) {
+        if (masked) masked[e] = 0;
+      });
+  if (blockIdx.x == 0) {
+    if (rule.kept) {
+      const int kept = count_kept<kThreads>(row, rule, cut);
+      if (threadIdx.x == 0) *rule.kept = kept;
+    }
+    if (rule.guess && threadIdx.x == 0) __stcg(rule.guess, cut.key);
+  }
   __syncthreads();
-  return counts;
+  return count;
 }
 template <int kThreads>
-__device__ __noinline__ int2 choose_keyed(Rule rule, RowMemory memory) {
+__device__ __noinline__ int choose_keyed(Rule rule, RowMemory memory, int rank) {
   const float* const values = floats_at(memory.row);
   const float* const scale = floats_at(memory.keys);
   int* const keys = reinterpret_cast<int*>(floats_at(memory.keys));  // each takes its weight's place
@@ -145,25 +173,30 @@ __device__ __noinline__ int2 choose_keyed(Rule rule, RowMemory memory) {
   };
   if (memory.scaled) {
     in_fours<kThreads>(
-        rule.cols, kNoKey, [&](int e) { return score_key(values[e], scale, e); }, store);
+        rule.cols, Own(), kNoKey, [&](int e) { return score_key(values[e], scale, e); }, store);
   } else {
     in_fours<kThreads>(
-        rule.cols, kNoKey, [&](int e) { return score_key(values[e], nullptr, e); }, store);
+        rule.cols, Own(), kNoKey, [&](int e) { return score_key(values[e], nullptr, e); }, store);
   }
-  return choose<kThreads>(KeyedRow<kThreads>{values, keys, rule.cols}, rule, memory.row);
+  return choose<kThreads>(KeyedRow<kThreads>{values, keys, rule.cols}, rule, memory.list, rank);
 }
+/// x: where a row that is not held stands.
 template <int kThreads>
-__device__ __noinline__ int2 choose_all(Rule rule, RowMemory memory) {
-  return choose<kThreads>(MemoryRow<kThreads>{floats_at(memory.row), nullptr, rule.cols}, rule, memory.row);
+__device__ __noinline__ int choose_all(Rule rule, RowMemory memory, const float* x, int rank) {
+  if (memory.row < 0)
+    return choose<kThreads>(MemoryRow<kThreads>{x, nullptr, rule.cols}, rule, memory.list, rank);
+  return choose<kThreads>(MemoryRow<kThreads>{floats_at(memory.row), nullptr, rule.cols}, rule, memory.list,
+                          rank);
 }
 
-/// The row of `in` in shared memory and the list of what counts of it. The blocks share in writing both down
-/// where the input wants them.
+/// A block's own channels of the row of `in`. The blocks share in writing the row down where the input wants
+/// that.
 template <int kThreads>
-__device__ Channels prepare_row(const Input& in, const RowMemory& memory) {
-  if (in.source == Source::list) {
-    const int count = __ldcg(in.list.counts);
-    return {Where::list, 0, 0, count, count};
+__device__ Channels prepare_row(const Input& in, const RowMemory& memory, int rank) {
+  Channels channels{false, memory.list, memory.list + list_bytes(in.cols) / 2, 0};
+  if (memory.row < 0) {
+    channels.count = choose_all<kThreads>(rule_of(in), memory, in.x, rank);
+    return channels;
   }
   // Once for a block, since the first one may leave the next guess meanwhile; with the row, since a thread
   // that waits for it by itself is late for everything behind.
@@ -178,33 +211,18 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory) {
   clear_bins<kThreads>();
   float* const values = floats_at(memory.row);
   make_row<kThreads>(in, floats_at(memory.gain), values);
-  const Run<kThreads> run(in.cols);
-  const int me = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
-  if (in.select == Selects::all && !in.list.index) {
+  if (in.select == Selects::all) {
     // Without a +0 the list is the row: then there is no need of one.
+    const Own own{rank, kGroup};
+    const int count = own.count(in.cols);
     bool full = true;
 #pragma unroll 4
-    for (int i = 0; i < run.steps; ++i) {
-      const int e = run.entry(i);
-      full &= e >= in.cols || __float_as_uint(values[e]) != 0;
-    }
-    if (__syncthreads_and(full)) return {Where::all, memory.row, 0, in.cols, in.cols};
-  }
-  const int2 counts = in.select == Selects::all ? choose_all<kThreads>(rule_of(in), memory)
-                                                : choose_keyed<kThreads>(rule_of(in), memory);
-  const Channels channels{Where::near, memory.row, memory.row + padded_bytes(in.cols, 4), counts.x, counts.y};
-  if (in.list.index) {
-    const auto* const near = reinterpret_cast<const uint16_t*>(block_memory() + channels.near);
-    const int end = (me + 1) * channels.count / blocks;
-    for (int i = me * channels.count / blocks + static_cast<int>(threadIdx.x); i < end; i += kThreads) {
-      const int e = near[i];
-      in.list.index[i] = e;
-      in.list.value[i] = values[e];
-    }
-    if (me == 0 && threadIdx.x == 0) {
-      in.list.counts[0] = channels.count;
-      in.list.counts[1] = channels.kept;
-    }
+    for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
+      full &= __float_as_uint(values[own.entry(i)]) != 0;
+    if (__syncthreads_and(full)) return {true, 0, memory.row + rank * 4, count};
+    channels.count = choose_all<kThreads>(rule_of(in), memory, nullptr, rank);
+  } else {
+    channels.count = choose_keyed<kThreads>(rule_of(in), memory, rank);
   }
   return channels;
 }

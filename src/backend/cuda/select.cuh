@@ -1,5 +1,6 @@
-// Selection inside one block: which entries of a row count, and their list in the order of the index. Every
-// product's blocks do this for themselves: a launch of its own costs as much and the launch on top.
+// Selection inside one block: which entries of a row count, and a list of a share of them in the order of the
+// index. Every product's blocks do this for themselves: a launch of its own costs as much and the launch on
+// top.
 //
 // The cut is looked for around that of the token before, in bins (cut_near). Where it is not there, or
 // nothing is known of one, the keys above two guesses are counted at once, and guesses interpolated
@@ -24,16 +25,24 @@ __device__ inline int score_key(float x, const float* scale, int i) {
 /// Entries with a key above `key` are kept, and the first `ties` of those that have it.
 struct Cut {
   int key = 0, ties = 0;
-  int counted = -1;     // where SelectScratch::above has what each warp has above `key`, or -1: nowhere
-  bool second = false;  // …in .y
 };
 inline constexpr int kAllTies = 1 << 30;
+
+/// A share of a row: every `of`-th entry, from `first` on. Blocks that share a product list their own entries
+/// only, a quarter each.
+struct Own {
+  int first = 0, of = 1;
+
+  __device__ int entry(int i) const { return i * of + first; }
+  __device__ int count(int cols) const { return (cols - first + of - 1) / of; }
+  __device__ bool has(int e) const { return e % of == first; }
+};
 
 template <int kThreads>
 struct SelectScratch {
   static constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp);
-  int2 above[2][kWarps];  // of this pass and the one before
+  int2 above[2][kWarps];  // count_above's, of this pass and the one before
   int warp_sum[kWarps], warp_ties[kWarps];
   float reduced[kWarps];
   int guess;
@@ -114,8 +123,8 @@ __device__ Cut find_cut(const Row& row, int keep, int guess) {
     const int first = static_cast<int>(static_cast<unsigned>(low) + a);
     const int second = static_cast<int>(static_cast<unsigned>(low) + b);
     const int2 n = count_above<kThreads>(row, first, second, s.above[pass % 2]);
-    if (n.x == keep) return {first, 0, pass % 2, false};
-    if (n.y == keep) return {second, 0, pass % 2, true};
+    if (n.x == keep) return {first, 0};
+    if (n.y == keep) return {second, 0};
     if (n.x < keep) {
       high = first, above_high = n.x, high_known = true;
     } else if (n.y > keep) {
@@ -143,9 +152,11 @@ struct Rule {
   int cols, keep;
   float cut;
   int32_t* guess;
+  float* masked;
+  int32_t* kept;
 };
 __device__ inline Rule rule_of(const Input& in) {
-  return {in.select, in.cols, in.keep, in.cut, in.guess};
+  return {in.select, in.cols, in.keep, in.cut, in.guess, in.masked, in.kept};
 }
 
 template <int kThreads>
@@ -164,7 +175,7 @@ __device__ bool cut_near(const Row& row, int keep, int guess, Cut& cut) {
   auto& s = select_scratch<kThreads>();
   const int low = max(guess - (kThreads << kShift) / 2, 1);
   int above = 0;
-  row.each_four([&](int, const int(&key)[4], unsigned) {
+  row.each_four(Own(), [&](int, const int(&key)[4], unsigned) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int offset = key[i] - low;
@@ -214,13 +225,6 @@ __device__ bool cut_near(const Row& row, int keep, int guess, Cut& cut) {
     const int key = __shfl_sync(~0u, mine, source), ties = rank - __shfl_sync(~0u, greater, source);
     cut = ties == __shfl_sync(~0u, equal, source) ? Cut{key - 1, 0} : Cut{key, ties};
   }
-  if (cut.ties > 0) return true;
-  int count = 0;
-  row.template each<4>([&](int, int key) { count += key > cut.key; });
-  count = __reduce_add_sync(~0u, count);
-  if (lane() == 0) s.above[0][warp()].x = count;
-  cut.counted = 0;
-  __syncthreads();
   return true;
 }
 
@@ -239,31 +243,50 @@ __device__ Cut cut_of(const Row& row, const Rule& rule, int guess) {
   return find_cut<kThreads>(row, rule.keep, guess);
 }
 
-/// Hands the kept entries to take(place, index), in the order of the index, zeros left out; returns
-/// (entries, kept). Each warp has one run of the row.
-template <int kThreads, class Row, class Take>
-__device__ int2 compact(const Row& row, const Cut& cut, const Take& take) {
+/// Entries that a rule keeps of a row, zeros too; for every thread.
+template <int kThreads, class Row>
+__device__ int count_kept(const Row& row, const Rule& rule, const Cut& cut) {
+  if (cut.ties == kAllTies) return rule.cols;
+  if (rule.select == Selects::topk) return rule.keep;
+  return count_above<kThreads>(row, cut.key, kNanKey, select_scratch<kThreads>().above[0]).x;
+}
+
+/// Hands a share's kept entries to take(place, index), in the order of the index, zeros left out, and the
+/// others to leave(index); returns how many were taken. Each warp has one run of the row.
+template <int kThreads, class Row, class Take, class Leave>
+__device__ int compact(const Row& row, const Cut& cut, const Own& own, const Take& take, const Leave& leave) {
   constexpr int kWarps = kThreads / kWarp;
   auto& s = select_scratch<kThreads>();
   const uint32_t below = (1u << lane()) - 1;
-  if (cut.counted >= 0) {  // a key above another is not zero, nor is its entry
-    const int2 both = lane() < kWarps ? s.above[cut.counted][lane()] : int2{0, 0};
-    const int own = cut.second ? both.y : both.x;
-    int place = __reduce_add_sync(~0u, lane() < warp() ? own : 0);
-    row.each_four([&](int first, const int(&key)[4], unsigned) {
+  if (cut.ties == 0) {  // a key above another is not zero, nor is its entry
+    int count = 0;
+    row.each_four(own, [&](int, const int(&key)[4], unsigned) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) count += key[i] > cut.key;
+    });
+    count = __reduce_add_sync(~0u, count);
+    if (lane() == 0) s.warp_sum[warp()] = count;
+    __syncthreads();
+    const int of_warp = lane() < kWarps ? s.warp_sum[lane()] : 0;
+    int place = __reduce_add_sync(~0u, lane() < warp() ? of_warp : 0);
+    row.each_four(own, [&](int first, const int(&key)[4], unsigned there) {
       uint32_t mask[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) mask[i] = __ballot_sync(~0u, key[i] > cut.key);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (key[i] > cut.key) take(place + __popc(mask[i] & below), first + i * kWarp);
+        const int e = own.entry(first + i * kWarp);
+        if (key[i] > cut.key) {
+          take(place + __popc(mask[i] & below), e);
+        } else if (there >> i & 1) {
+          leave(e);
+        }
         place += __popc(mask[i]);
       }
     });
-    const int total = __reduce_add_sync(~0u, own);
-    return {total, total};
+    return __reduce_add_sync(~0u, of_warp);
   }
-  const bool ranked = cut.ties > 0 && cut.ties < kAllTies;
+  const bool ranked = cut.ties < kAllTies;
   int ties_before = 0;
   if (ranked) {
     int ties = 0;
@@ -272,37 +295,35 @@ __device__ int2 compact(const Row& row, const Cut& cut, const Take& take) {
     __syncthreads();
     ties_before = before_warp(s.warp_ties, warp());
   }
-  const auto each_kept = [&](const auto& body) {
+  const auto each_own = [&](const auto& body) {
     int ties = ties_before;
-    row.template each<1>([&](int i, int key) {
-      bool kept = key > cut.key || (key == cut.key && cut.ties > 0);
+    row.template each<1>([&](int e, int key) {
+      bool kept = key > cut.key || key == cut.key;
       if (ranked) {
         const bool tie = key == cut.key;
         const uint32_t mask = __ballot_sync(~0u, tie);
         if (tie) kept = ties + __popc(mask & below) < cut.ties;
         ties += __popc(mask);
       }
-      const bool present = kept && __float_as_uint(row.value(i)) != 0;
-      body(i, kept, __ballot_sync(~0u, present), present);
+      const bool here = key != kNoKey && own.has(e);
+      const bool present = here && kept && __float_as_uint(row.value(e)) != 0;
+      body(e, here, __ballot_sync(~0u, present), present);
     });
   };
-  int count = 0, kept_count = 0;
-  each_kept([&](int, bool kept, uint32_t mask, bool) {
-    kept_count += __popc(__ballot_sync(~0u, kept));
-    count += __popc(mask);
-  });
-  __syncthreads();
-  if (lane() == 0) {
-    s.warp_sum[warp()] = count;
-    s.warp_ties[warp()] = kept_count;
-  }
+  int count = 0;
+  each_own([&](int, bool, uint32_t mask, bool) { count += __popc(mask); });
+  if (lane() == 0) s.warp_sum[warp()] = count;
   __syncthreads();
   int place = before_warp(s.warp_sum, warp());
-  each_kept([&](int i, bool, uint32_t mask, bool present) {
-    if (present) take(place + __popc(mask & below), i);
+  each_own([&](int e, bool here, uint32_t mask, bool present) {
+    if (present) {
+      take(place + __popc(mask & below), e);
+    } else if (here) {
+      leave(e);
+    }
     place += __popc(mask);
   });
-  return {before_warp(s.warp_sum, kWarps), before_warp(s.warp_ties, kWarps)};
+  return before_warp(s.warp_sum, kWarps);
 }
 
 /// Entries of a thread: every warp has one run, of whole steps of 32.
@@ -315,21 +336,22 @@ struct Run {
   __device__ int entry(int step) const { return first + step * kWarp; }
 };
 
-/// use(first, four, there) of four entries of a thread at a time, kWarp apart: what load(e) gives of them,
-/// all read before anything is written, or `none` where bit i of `there` is not set, beyond the row. The
-/// compiler would not dare to read one behind another's writing, and wait for each.
+/// use(first, four, there) of four entries of a thread at a time, numbers first, first + kWarp, … of a share:
+/// what load(e) gives of them, all read before anything is written, or `none` where bit i of `there` is not
+/// set, beyond the row. The compiler would not dare to read one behind another's writing, and wait for each.
 template <int kThreads, class T, class Load, class Use>
-__device__ void in_fours(int cols, T none, const Load& load, const Use& use) {
-  const Run<kThreads> run(cols);
+__device__ void in_fours(int cols, const Own& own, T none, const Load& load, const Use& use) {
+  const int count = own.count(cols);
+  const Run<kThreads> run(count);
 #pragma unroll 1
   for (int i = 0; i < run.steps; i += 4) {
     T four[4];
     unsigned there = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int e = run.entry(i + j);
-      const bool in_row = i + j < run.steps && e < cols;
-      four[j] = in_row ? load(e) : none;
+      const int number = run.entry(i + j);
+      const bool in_row = i + j < run.steps && number < count;
+      four[j] = in_row ? load(own.entry(number)) : none;
       there |= static_cast<unsigned>(in_row) << j;
     }
     use(run.entry(i), four, there);
@@ -354,9 +376,9 @@ struct MemoryRow {
     }
   }
   template <class Body>
-  __device__ void each_four(const Body& body) const {
+  __device__ void each_four(const Own& own, const Body& body) const {
     in_fours<kThreads>(
-        cols, kNoKey, [&](int e) { return score_key(x[e], scale, e); }, body);
+        cols, own, kNoKey, [&](int e) { return score_key(x[e], scale, e); }, body);
   }
 };
 
@@ -379,9 +401,9 @@ struct KeyedRow {
     }
   }
   template <class Body>
-  __device__ void each_four(const Body& body) const {
+  __device__ void each_four(const Own& own, const Body& body) const {
     in_fours<kThreads>(
-        cols, kNoKey, [&](int e) { return key[e]; }, body);
+        cols, own, kNoKey, [&](int e) { return key[e]; }, body);
   }
 };
 

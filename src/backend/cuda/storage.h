@@ -11,36 +11,38 @@
 
 namespace larosa::cuda {
 
-/// A list, with the memory behind it.
-struct StoredList {
-  explicit StoredList(int64_t cols) {
-    list.index = static_cast<int32_t*>(index.at_least(cols * 4));
-    list.value = static_cast<float*>(value.at_least(cols * 4));
-    list.counts = static_cast<int32_t*>(counts.at_least(8));
-  }
-  Buffer index, value, counts;
-  List list;
+/// One row of a selection: the kept entries and zeros, and how many were kept.
+struct StoredRow {
+  explicit StoredRow(int64_t cols)
+      : masked(static_cast<float*>(values.at_least(cols * 4))),
+        kept(static_cast<int32_t*>(count.at_least(4))) {}
+  Buffer values, count;
+  float* const masked;
+  int32_t* const kept;
 };
 
-/// One row: the list of what was kept. Several: the rows with zeros, as products take them.
+/// Rows with zeros, as products take them. A row of its own may still wait to be made.
 class CudaSelection final : public Selection {
  public:
   CudaSelection(int64_t most_rows, int64_t most_cols)
-      : max_rows(most_rows), max_cols(most_cols), one(std::make_shared<StoredList>(most_cols)) {}
+      : max_rows(most_rows), max_cols(most_cols), one(std::make_shared<StoredRow>(most_cols)) {}
   void reset(int64_t r, int64_t c) {
     CHECK(r <= max_rows && c <= max_cols);
     rows = r;
     cols = c;
     if (r == 1) return;
-    masked.at_least(r * c * 4);
-    kept.at_least(r * 4);
+    values_.at_least(r * c * 4);
+    count_.at_least(r * 4);
   }
-  Mat mat() const { return Mat(masked.get<float>(), rows, cols); }
+  Mat mat() const { return Mat(rows == 1 ? one->masked : values_.get<float>(), rows, cols); }
+  int32_t* kept() const { return rows == 1 ? one->kept : count_.get<int32_t>(); }
 
   const int64_t max_rows, max_cols;
   int64_t rows = 0, cols = 0;
-  std::shared_ptr<StoredList> one;
-  Buffer masked, kept;
+  const std::shared_ptr<StoredRow> one;
+
+ private:
+  Buffer values_, count_;
 };
 
 /// By layer keys and values (G, capacity, E); with int8 behind all of them by layer the scales of both.
