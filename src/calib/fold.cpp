@@ -229,6 +229,10 @@ class LayerFolder {
 
 }  // namespace
 
+std::string type_name(const std::optional<DType>& dtype) {
+  return dtype ? dtype_name(*dtype) : "source";
+}
+
 SafetensorsWriter::Entry stored_entry(const std::string& name, DType dtype, int64_t lines, int64_t n) {
   if (quantised(dtype)) return {name, DType::u8, {lines, line_bytes(dtype, n)}};
   return {name, dtype, {lines, n}};

@@ -24,6 +24,9 @@ struct StoredTypes {
   std::optional<DType> adapters, head, embed;
 };
 
+/// For people: "int8", or "source" where the source's types are kept.
+std::string type_name(const std::optional<DType>& dtype);
+
 /// What happens to one layer's weights. Row vectors: stored (in, out), Wt' = B_inᵀ diag(gain) Wt B_out.
 struct FoldJob {
   const ModelConfig& config;

@@ -2,21 +2,20 @@
 // the interpreter that runs the plan later.
 #pragma once
 
-#include "calib/allocate.h"
-#include "calib/methods.h"
-#include "calib/statistics.h"
-
 namespace larosa {
+
+struct Choice;
+struct Method;
+struct SparsifyJob;
 
 /// True when a layer's plan depends on what reaches it.
 bool plans_by_text(const Method& method, const Choice& choice);
 
-/// The plan of a layer that stands where `calibration` has come to. `layer`: as its outline (method.plan
-/// without statistics) was folded, in float32. `task`: levels as uniform ones, no magnitudes.
-LayerPlan find_plan(const Method& method, LayerTask task, Layer& layer, Calibration& calibration);
-
-/// What each group of the layer costs its output alone, the others read whole, by the currency of `choice`.
-/// The layer as for find_plan.
-std::vector<Curve> find_curves(const Method& method, LayerTask task, Layer& layer, Calibration& calibration);
+/// Puts the layers' plans in the place of the outline's: layers one after another, each folded in float32,
+/// and the text on to the next one. Cuts and greedy levels are found on the way; lagrangian levels come from
+/// the curves of all layers at the end. Both are left in the job's findings and read where they stand there
+/// already. Needs the bases' findings. Throws Error when a finding does not fit or the disk is full;
+/// Interrupted.
+void plan_layers(SparsifyJob& job);
 
 }  // namespace larosa
