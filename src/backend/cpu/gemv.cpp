@@ -10,7 +10,9 @@
 #include "hwy/foreach_target.h"
 // Highway's loop over the targets must come first.
 #include <algorithm>
+#include <type_traits>
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/levels-inl.h"
 #include "backend/cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -84,172 +86,9 @@ void chain_as(const Weight& weight, const int32_t* index, const float* value, in
   }
 }
 
-// Quantised lines. Widening levels to float32 costs three vector operations per 16 weights, and two threads
-// then reach 57 % of the read bandwidth at 4 bits. So levels stay integers: kept channels are taken in pairs,
-// their levels side by side as 16-bit halves, and one multiply-add of pairs serves 32 weights. What
-// multiplies a channel in a group of outputs, value · scale, is rounded to a sign and 15 bits of the largest
-// such number among the channels of a block (kChainBlock channels), an error of at most 1/65534 of that; sums
-// within a block are exact, and blocks are added in float32 in order. A zero channel changes nothing: neither
-// the largest number nor a sum.
-
 // Of a pass. Whole lines are one stream each; cut into passes of 4096 outputs, 11008 → 4096 at 4 bits went
 // from 19 to 13 GB/s a thread, though the sums of 16384 outputs no longer fit into the first-level cache.
 constexpr int64_t kMostOutputs = 16384;
-constexpr float kMostMultiplier = 32767;
-
-using HalfTag = hn::Repartition<int16_t, IntTag>;
-using Words = hn::Vec<WordTag>;
-
-/// sum + low half · low half + high half · high half, in every 32-bit lane.
-HWY_INLINE Ints dot_pairs(Words levels, Words multipliers, Ints sum) {
-  const IntTag di;
-#if HWY_TARGET == HWY_AVX3_DL  // one instruction for two: 3.2 ns instead of 3.7 for 128 weights of 4 bits
-  // By name: the flags that Highway 1.0 gives the compiler for this set lack avx512vnni, which it checks at
-  // run time.
-  Ints result = sum;
-  asm("vpdpwssd %2, %1, %0" : "+v"(result.raw) : "v"(levels.raw), "v"(multipliers.raw));
-  return result;
-#elif HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2
-  const HalfTag d16;
-  Ints unused = hn::Zero(di);
-  return hn::ReorderWidenMulAccumulate(di, hn::BitCast(d16, levels), hn::BitCast(d16, multipliers), sum,
-                                       unused);
-#else
-  const Ints a = hn::BitCast(di, levels), b = hn::BitCast(di, multipliers);
-  const Ints low =
-      hn::Mul(hn::ShiftRight<16>(hn::ShiftLeft<16>(a)), hn::ShiftRight<16>(hn::ShiftLeft<16>(b)));
-  return hn::Add(sum, hn::Add(low, hn::Mul(hn::ShiftRight<16>(a), hn::ShiftRight<16>(b))));
-#endif
-}
-template <int kBits>
-HWY_INLINE Words shift_halves(Words words) {
-#if HWY_TARGET == HWY_SCALAR  // has no halves
-  return hn::And(hn::ShiftRight<kBits>(words), hn::Set(WordTag(), (0xffffu >> kBits) * 0x10001u));
-#else
-  const hn::Repartition<uint16_t, WordTag> d16;
-  return hn::BitCast(WordTag(), hn::ShiftRight<kBits>(hn::BitCast(d16, words)));
-#endif
-}
-/// The low halves of both, and the high halves of both.
-HWY_INLINE Words low_halves(Words a, Words b) {
-  return hn::OrAnd(hn::ShiftLeft<16>(b), a, hn::Set(WordTag(), 0xffffu));
-}
-HWY_INLINE Words high_halves(Words a, Words b) {
-  return hn::OrAnd(hn::ShiftRight<16>(a), b, hn::Set(WordTag(), 0xffff0000u));
-}
-
-/// Eight vectors of sums: what the registers of every target hold beside operands.
-struct Sums {
-  Ints s0, s1, s2, s3, s4, s5, s6, s7;
-
-  static HWY_INLINE Sums load(const int32_t* p) {
-    const IntTag di;
-    const int64_t n = lanes();
-    return {hn::Load(di, p),         hn::Load(di, p + n),     hn::Load(di, p + 2 * n),
-            hn::Load(di, p + 3 * n), hn::Load(di, p + 4 * n), hn::Load(di, p + 5 * n),
-            hn::Load(di, p + 6 * n), hn::Load(di, p + 7 * n)};
-  }
-  HWY_INLINE void store(int32_t* p) const {
-    const IntTag di;
-    const int64_t n = lanes();
-    hn::Store(s0, di, p);
-    hn::Store(s1, di, p + n);
-    hn::Store(s2, di, p + 2 * n);
-    hn::Store(s3, di, p + 3 * n);
-    hn::Store(s4, di, p + 4 * n);
-    hn::Store(s5, di, p + 5 * n);
-    hn::Store(s6, di, p + 6 * n);
-    hn::Store(s7, di, p + 7 * n);
-  }
-  /// body(k, vector k).
-  template <class Body>
-  HWY_INLINE void each(const Body& body) const {
-    body(0, s0);
-    body(1, s1);
-    body(2, s2);
-    body(3, s3);
-    body(4, s4);
-    body(5, s5);
-    body(6, s6);
-    body(7, s7);
-  }
-};
-
-/// Stored word L of 64 values holds values 4 L … 4 L + 3, so four vectors of sums are interleaved
-/// (gemv_join).
-struct Int8 {
-  static constexpr DType kType = DType::int8;
-  static constexpr int64_t kGroups = 1, kBytes = kQuantBlock;  // of a block
-  static constexpr int32_t kOffset = 128;                      // levels become q + 128
-
-  /// Group of the vector of sums that stands at `place` of a block, and where it goes in the block's part.
-  static HWY_INLINE int64_t group(int64_t) { return 0; }
-  static HWY_INLINE int64_t output(int64_t place) { return place; }
-  /// How often the offset stands in the vector of sums at `place`, and the vectors without one another.
-  static HWY_INLINE int32_t offsets(int64_t) { return 1; }
-  static HWY_INLINE Sums separate(const Sums& s) { return s; }
-  static HWY_INLINE void add_pair(const std::byte* a, const std::byte* b, int64_t part,
-                                  const uint32_t* multipliers, Sums& s) {
-    const WordTag d32;
-    const Words m = hn::Set(d32, multipliers[0]), flip = hn::Set(d32, 0x80808080u),
-                byte = hn::Set(d32, 0x00ff00ffu);
-    const int64_t half = part + 4 * lanes();
-    const Words a0 = load_words(a + part), b0 = load_words(b + part), a1 = load_words(a + half),
-                b1 = load_words(b + half);
-    const Words u0 = hn::Xor(low_halves(a0, b0), flip), v0 = hn::Xor(high_halves(a0, b0), flip);
-    const Words u1 = hn::Xor(low_halves(a1, b1), flip), v1 = hn::Xor(high_halves(a1, b1), flip);
-    s.s0 = dot_pairs(hn::And(u0, byte), m, s.s0);
-    s.s1 = dot_pairs(shift_halves<8>(u0), m, s.s1);
-    s.s2 = dot_pairs(hn::And(v0, byte), m, s.s2);
-    s.s3 = dot_pairs(shift_halves<8>(v0), m, s.s3);
-    s.s4 = dot_pairs(hn::And(u1, byte), m, s.s4);
-    s.s5 = dot_pairs(shift_halves<8>(u1), m, s.s5);
-    s.s6 = dot_pairs(hn::And(v1, byte), m, s.s6);
-    s.s7 = dot_pairs(shift_halves<8>(v1), m, s.s7);
-  }
-};
-
-/// Nibble k of word L: value 16 k + L of 128, stored as q + 8. A part takes all nibbles of as many words as a
-/// vector has. Two neighbours have one multiplier, so a whole byte is summed beside one of its nibbles and
-/// the other one is what remains: 20 vector operations for 256 weights instead of 24. Sums stay below
-/// 255 · 32767 · kChainBlock, less than 2^30.
-struct Int4 {
-  static constexpr DType kType = DType::int4;
-  static constexpr int64_t kGroups = 4, kBytes = kQuantBlock / 2;
-  static constexpr int32_t kOffset = 8;
-
-  static HWY_INLINE int64_t group(int64_t place) { return place / (2 * lanes()) % 4; }
-  static HWY_INLINE int64_t output(int64_t place) {
-    return place / lanes() % 8 * 16 + place / (8 * lanes()) * lanes();
-  }
-  static HWY_INLINE int32_t offsets(int64_t place) {
-    const int64_t k = place / lanes() % 4;
-    return k == 1 || k == 2 ? 17 : 1;
-  }
-  static HWY_INLINE Sums separate(const Sums& s) {
-    const auto upper = [](Ints byte, Ints low) HWY_ATTR { return hn::ShiftRight<4>(hn::Sub(byte, low)); };
-    const auto lower = [](Ints byte, Ints high) HWY_ATTR { return hn::Sub(byte, hn::ShiftLeft<4>(high)); };
-    return {s.s0, upper(s.s1, s.s0), lower(s.s2, s.s3), s.s3,
-            s.s4, upper(s.s5, s.s4), lower(s.s6, s.s7), s.s7};
-  }
-  static HWY_INLINE void add_pair(const std::byte* a, const std::byte* b, int64_t part,
-                                  const uint32_t* multipliers, Sums& s) {
-    const WordTag d32;
-    const Words nibble = hn::Set(d32, 0x000f000fu), byte = hn::Set(d32, 0x00ff00ffu);
-    const Words wa = load_words(a + part / 2), wb = load_words(b + part / 2);
-    const Words u = low_halves(wa, wb), v = high_halves(wa, wb);
-    const Words m0 = hn::Set(d32, multipliers[0]), m1 = hn::Set(d32, multipliers[1]);
-    const Words m2 = hn::Set(d32, multipliers[2]), m3 = hn::Set(d32, multipliers[3]);
-    s.s0 = dot_pairs(hn::And(u, nibble), m0, s.s0);
-    s.s1 = dot_pairs(hn::And(u, byte), m0, s.s1);
-    s.s2 = dot_pairs(shift_halves<8>(u), m1, s.s2);
-    s.s3 = dot_pairs(shift_halves<12>(u), m1, s.s3);
-    s.s4 = dot_pairs(hn::And(v, nibble), m2, s.s4);
-    s.s5 = dot_pairs(hn::And(v, byte), m2, s.s5);
-    s.s6 = dot_pairs(shift_halves<8>(v), m3, s.s6);
-    s.s7 = dot_pairs(shift_halves<12>(v), m3, s.s7);
-  }
-};
 
 /// One pass of quantised channels over outputs [first, first + 128 · blocks).
 template <class Format>
@@ -305,11 +144,13 @@ class QuantisedPass {
     const Ints magnitude = hn::Set(di, 0x7fffffff);
     const Words ones = hn::Set(WordTag(), 0x00010001u);
     HWY_ALIGN float wide[kChainBlock][hn::MaxLanes(FloatTag())];
+    const std::byte* at[kChainBlock];
+    for (int64_t c = 0; c < count; ++c) at[c] = line(index[c]) + scales_at_;
     for (int64_t g = 0; g < groups_; g += lanes()) {
       // Bits of magnitudes order like these, infinity and NaN above all others.
       Ints top = hn::Zero(di);
       for (int64_t c = 0; c < count; ++c) {
-        const Floats p = hn::Mul(scales(line(index[c]), g), hn::Set(d, value[c]));
+        const Floats p = hn::Mul(scales(at[c], g), hn::Set(d, value[c]));
         hn::Store(p, d, wide[c]);
         top = hn::Max(top, hn::And(hn::BitCast(di, p), magnitude));
       }
@@ -326,22 +167,23 @@ class QuantisedPass {
       Ints sum = hn::Zero(di);
       for (int64_t c = 0; c < count; c += 2) {
         const Words b = c + 1 < count ? rounded(wide[c + 1]) : hn::Zero(WordTag());
-        const Words pair = low_halves(rounded(wide[c]), b);
+        const Words pair = Format::arrange(low_halves(rounded(wide[c]), b));
         sum = dot_pairs(pair, ones, sum);
         hn::Store(pair, WordTag(), pairs_[c / 2] + g);
       }
-      hn::Store(hn::Mul(sum, hn::Set(di, -Format::kOffset)), di, start_ + g);
+      hn::Store(hn::BitCast(WordTag(), hn::Mul(sum, hn::Set(di, -Format::kOffset))), WordTag(), start_ + g);
     }
     for (int64_t b = 0; b < blocks_; ++b) {
       for (int64_t place = 0; place < kQuantBlock; place += lanes()) {
-        const int32_t start = start_[b * Format::kGroups + Format::group(place)] * Format::offsets(place);
-        hn::Store(hn::Set(di, start), di, sums_ + b * kQuantBlock + place);
+        const Words start = Format::spread(start_ + b * Format::kGroups, place);
+        hn::Store(hn::Mul(hn::BitCast(di, start), hn::Set(di, Format::offsets(place))), di,
+                  sums_ + b * kQuantBlock + place);
       }
     }
   }
 
   HWY_INLINE Floats scales(const std::byte* line, int64_t g) const {
-    const std::byte* from = line + scales_at_ + 2 * g;
+    const std::byte* from = line + 2 * g;
     if (g + lanes() <= groups_) return load_halves(from);
     HWY_ALIGN uint16_t half[hn::MaxLanes(FloatTag())] = {};
     std::memcpy(half, from, static_cast<size_t>(groups_ - g) * 2);
@@ -356,27 +198,47 @@ class QuantisedPass {
     now[count] = now[count - 1];             // the partner of an odd channel, times zero
     for (int64_t c = 0; c < kChannels; ++c)  // none left: once more what is here
       ahead[c] = next_count > 0 ? line(next[std::min(c, next_count - 1)]) + levels_at_ : now[0];
+    const int64_t pairs = (count + 1) / 2;
+#if HWY_TARGET == \
+    HWY_AVX2  // straight code: with a loop int8 and int4 took 1.11 and 1.12 times as long (in cache)
+    if (pairs == 4) return add_blocks(now, ahead, Count<4>(), first / 2);
+    if (pairs == 3) return add_blocks(now, ahead, Count<3>(), first / 2);
+    if (pairs == 2) return add_blocks(now, ahead, Count<2>(), first / 2);
+    add_blocks(now, ahead, Count<1>(), first / 2);
+#else
+    add_blocks(now, ahead, pairs, first / 2);
+#endif
+  }
+
+  template <int64_t kCount>
+  using Count = std::integral_constant<int64_t, kCount>;
+
+  /// `pairs`: a number or a Count.
+  template <class Pairs>
+  void add_blocks(const std::byte* const* now, const std::byte* const* ahead, Pairs pairs, int64_t first) {
     for (int64_t b = 0; b < blocks_; ++b) {
       const int64_t at = b * Format::kBytes, g = b * Format::kGroups;
       for (int64_t part = 0; part < kQuantBlock; part += 8 * lanes()) {
+        const bool begins = part == 0, ends = part + 8 * lanes() == kQuantBlock;
         Sums s = Sums::load(sums_ + b * kQuantBlock + part);
-        for (int64_t c = 0; c < count; c += 2) {
-          if (part == 0) fetch(ahead + c, 2, at);
-          Format::add_pair(now[c] + at, now[c + 1] + at, part, pairs_[(first + c) / 2] + g, s);
+        HWY_UNROLL(4)
+        for (int64_t c = 0; c < pairs; ++c) {
+          if (begins) fetch(ahead[2 * c] + at);
+          if (ends) fetch(ahead[2 * c + 1] + at);
+          Format::add_pair(now[2 * c] + at, now[2 * c + 1] + at, part, pairs_[first + c] + g, s);
+          s.pin();
         }
-        if (part == 0) fetch(ahead + (count + 1) / 2 * 2, kChannels - (count + 1) / 2 * 2, at);
+        for (int64_t c = 2 * pairs; c < kChannels && begins; ++c) fetch(ahead[c] + at);
         s.store(sums_ + b * kQuantBlock + part);
       }
     }
   }
 
-  /// A block of some lines. Called between the products: a burst of 16 would wait for the 24 misses that a
-  /// core may have open.
-  static HWY_INLINE void fetch(const std::byte* const* lines, int64_t count, int64_t at) {
-    for (int64_t c = 0; c < count; ++c) {
-      for (int64_t byte = at; byte < at + Format::kBytes; byte += kLine)
-        __builtin_prefetch(lines[c] + byte, 0, 2);
-    }
+  /// A block of a line. Called between the products, as evenly as they come: a burst of 16 would wait for the
+  /// 24 misses that a core may have open.
+  static HWY_INLINE void fetch(const std::byte* levels) {
+    __builtin_prefetch(levels, 0, 2);
+    if constexpr (Format::kBytes > kLine) __builtin_prefetch(levels + kLine, 0, 2);
   }
 
   /// part += factor · sums.
@@ -409,7 +271,7 @@ class QuantisedPass {
   float* const part_;
   HWY_ALIGN int32_t sums_[kMostOutputs];
   HWY_ALIGN float factor_[kPadded];
-  HWY_ALIGN int32_t start_[kPadded];
+  HWY_ALIGN uint32_t start_[kPadded];
   HWY_ALIGN uint32_t pairs_[kChainBlock / 2][kPadded];
 };
 
@@ -436,7 +298,7 @@ void gemv_chain(const Weight& w, const int32_t* index, const float* value, int64
 }
 
 /// How the outputs of a part follow one another: kWays vectors interleaved (bf16: a Pair; int8: the bytes of
-/// a word).
+/// a word, unless the format has put them in order).
 template <int kWays>
 HWY_INLINE void join_as(const float* even, const float* odd, const float* bias, bool accumulate, int64_t n,
                         float* y) {
@@ -463,7 +325,9 @@ HWY_INLINE void join_as(const float* even, const float* odd, const float* bias, 
 void gemv_join(const Weight& w, const float* even, const float* odd, int64_t begin, int64_t end,
                bool accumulate, float* y) {
   const float* bias = w.bias ? w.bias + begin : nullptr;
-  const auto join = w.dtype == DType::bf16 ? join_as<2> : w.dtype == DType::int8 ? join_as<4> : join_as<1>;
+  const auto join = w.dtype == DType::bf16   ? join_as<2>
+                    : w.dtype == DType::int8 ? join_as<Int8::kWays>
+                                             : join_as<1>;
   join(even, odd, bias, accumulate, end - begin, y + begin);
 }
 
