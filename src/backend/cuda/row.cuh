@@ -178,6 +178,7 @@ __device__ __noinline__ int choose_keyed(Rule rule, RowMemory memory, int rank) 
     in_fours<kThreads>(
         rule.cols, Own(), kNoKey, [&](int e) { return score_key(values[e], nullptr, e); }, store);
   }
+  __syncthreads();  // a cut that is not searched for has no barrier before keys of others are read
   return choose<kThreads>(KeyedRow<kThreads>{values, keys, rule.cols}, rule, memory.list, rank);
 }
 /// x: where a row that is not held stands.
