@@ -245,4 +245,24 @@ inline int64_t bits_differ(Mat a, Mat b) {
   return count;
 }
 
+inline constexpr float kInf = std::numeric_limits<float>::infinity();
+inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+inline constexpr float kTiny = std::numeric_limits<float>::denorm_min();
+
+/// Random, ties, equal, zeros, special values, wide range.
+inline Rows hard_rows(int64_t n, Random& random) {
+  Rows rows(6, n);
+  const float special[] = {0.0f,  -0.0f, kTiny, -kTiny, 3 * kTiny, kInf,
+                           -kInf, kNan,  -kNan, 1.0f,   -1.0f,     1e30f};
+  for (int64_t i = 0; i < n; ++i) {
+    rows.mat.row(0)[i] = random.normal();
+    rows.mat.row(1)[i] = static_cast<float>(random.below(5)) - 2;
+    rows.mat.row(2)[i] = -2.5f;
+    rows.mat.row(3)[i] = i % 2 ? 0.0f : -0.0f;
+    rows.mat.row(4)[i] = special[random.below(std::size(special))];
+    rows.mat.row(5)[i] = random.normal() * std::exp(20 * random.normal());
+  }
+  return rows;
+}
+
 }  // namespace larosa::cases

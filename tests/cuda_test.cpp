@@ -239,26 +239,6 @@ TEST_F(Cuda, SkipsAreAdded) {
   }
 }
 
-constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-constexpr float kTiny = std::numeric_limits<float>::denorm_min();
-
-/// Random, ties, equal, zeros, special values, wide range.
-Rows hard_rows(int64_t n, Random& random) {
-  Rows rows(6, n);
-  const float special[] = {0.0f,  -0.0f, kTiny, -kTiny, 3 * kTiny, kInf,
-                           -kInf, kNan,  -kNan, 1.0f,   -1.0f,     1e30f};
-  for (int64_t i = 0; i < n; ++i) {
-    rows.mat.row(0)[i] = random.normal();
-    rows.mat.row(1)[i] = static_cast<float>(random.below(5)) - 2;
-    rows.mat.row(2)[i] = -2.5f;
-    rows.mat.row(3)[i] = i % 2 ? 0.0f : -0.0f;
-    rows.mat.row(4)[i] = special[random.below(std::size(special))];
-    rows.mat.row(5)[i] = random.normal() * std::exp(20 * random.normal());
-  }
-  return rows;
-}
-
 TEST_F(Cuda, SelectionsMatchRef) {
   Random random(11);
   for (const int64_t n : {1, 2, 33, 257, 4096, 4099, 14336, 33000}) {
@@ -330,6 +310,17 @@ TEST_F(Cuda, FusedSelectionsMatchRef) {
           cuda().expand(*kept, found.mat);
           EXPECT_EQ(cuda().count(*kept), keep);
           EXPECT_EQ(bits_differ(found.back().mat, truth.mat), 0) << n << " row " << t << " keep " << keep;
+        }
+        for (const float cut : {-1.0f, 0.0f, 0.7f}) {
+          cuda().threshold(device.mat.slice(t, 1), scaled ? device_scale.get() : nullptr, cut, *kept);
+          cuda().sparse_matmul(*kept, std::span(&product, 1));
+          ref_->threshold(x.mat.slice(t, 1), scaled ? scale.data() : nullptr, cut, *expected);
+          const Rows truth(1, n);
+          ref_->expand(*expected, truth.mat);
+          const DeviceRows found(cuda(), Rows(1, n));
+          cuda().expand(*kept, found.mat);
+          EXPECT_EQ(cuda().count(*kept), ref_->count(*expected));
+          EXPECT_EQ(bits_differ(found.back().mat, truth.mat), 0) << n << " row " << t << " cut " << cut;
         }
       }
     }

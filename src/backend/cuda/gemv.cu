@@ -251,8 +251,7 @@ __device__ void add_skip(const Args& a, const Tile& tile, int rank, const SkipAr
 __device__ void meet(uint32_t* counter, int blocks) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    uint32_t seen;
-    asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(seen) : "l"(counter) : "memory");
+    const uint32_t seen = arrive(counter);
     const auto all = static_cast<uint32_t>(blocks), wanted = (seen / all + 1) * all;
     wait_for_count(counter, wanted);
   }
@@ -424,9 +423,7 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
 }
 
 bool launches_may_depend() {
-  cudaFuncAttributes attributes{};
-  check(cudaFuncGetAttributes(&attributes, gemv_kernel), "kernel");
-  return attributes.ptxVersion >= 90;
+  return may_depend(gemv_kernel);
 }
 
 }  // namespace larosa::cuda

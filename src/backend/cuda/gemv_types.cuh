@@ -8,18 +8,6 @@
 
 namespace larosa::cuda {
 
-/// 16 bytes that are read once: they are the first to leave the second-level cache, where code and rows stay.
-/// No branch and no predicate around it: the compiler would wait for each load.
-__device__ inline uint4 load_stream(const void* p) {
-  uint64_t once;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-  uint4 v;
-  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
-      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p), "l"(once));
-  return v;
-}
-
 /// A vector of a channel is read at its address and `extra`: how far its scales are, where it has some.
 /// Vector v has kLane outputs. kGranule outputs hold whole vectors and can be shared out. A thread has kAhead
 /// channels in flight: six of 512 threads, 48 KB per multiprocessor, hide 1.5 µs at 4.3 TB/s.
@@ -107,16 +95,10 @@ struct Nibbles {
         // The nibble stays where it is: 16^(k mod 4) times too large, which its factor takes back exactly.
         const uint32_t word = k < 4 ? words[w] : words[w] >> 16;
         const int place = 4 * (k % 4);
-        const float q = __uint_as_float(pick(word, 0xfu << place)) - (8388608.0f + (8 << place));
+        const float q = __uint_as_float(pick(word, 0xfu << place, kMagic)) - (8388608.0f + (8 << place));
         sum[8 * w + k] = fmaf(scaled[k / 2] * (1.0f / (1 << place)), q, sum[8 * w + k]);
       }
     }
-  }
-  /// (word & mask) | kMagic, which the compiler made two instructions of.
-  __device__ static uint32_t pick(uint32_t word, uint32_t mask) {
-    uint32_t picked;
-    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(picked) : "r"(word), "r"(mask), "r"(kMagic));
-    return picked;
   }
   __device__ static int column(int v, int i) {
     return v / 4 * 128 + 16 * (i % 8) + 4 * (v % 4) + i / 8;

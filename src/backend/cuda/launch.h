@@ -1,4 +1,4 @@
-// One way to launch a kernel, for .cu files.
+// One way to launch a kernel, for .cu files. tests/emulation has another one.
 #pragma once
 
 #include <mutex>
@@ -8,6 +8,14 @@
 #include "backend/cuda/kernels.h"
 
 namespace larosa::cuda {
+
+/// True when it was compiled for compute capability 9.0 or more.
+template <class... Params>
+bool may_depend(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes{};
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "kernel");
+  return attributes.ptxVersion >= 90;
+}
 
 template <class... Params>
 void launch_kernel(const Stream& s, void (*kernel)(Params...), dim3 blocks, dim3 threads, int64_t shared,

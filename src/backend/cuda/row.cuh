@@ -31,24 +31,17 @@ __device__ inline float norm_entry(float x, float factor, const float* gain, int
 /// rolled loop were waited for one by one (11008 entries: 7.9 µs, in unrolled ones 2.6).
 template <int kThreads>
 __device__ void fetch_row(const float* x, int cols, float* to) {
-  const auto there = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   if (reinterpret_cast<uintptr_t>(x) % 16 == 0 && cols % 4 == 0) {
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) * 4; i < cols; i += kThreads * 4)
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(there + i * 4), "l"(x + i) : "memory");
+    for (int i = static_cast<int>(threadIdx.x) * 4; i < cols; i += kThreads * 4) fetch_vector(x + i, to + i);
   } else {
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < cols; i += kThreads)
-      asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(there + i * 4), "l"(x + i) : "memory");
+    for (int i = static_cast<int>(threadIdx.x); i < cols; i += kThreads) fetch_word(x + i, to + i);
   }
-}
-__device__ inline void fetch_word(const void* x, void* to) {
-  const auto there = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(there), "l"(x) : "memory");
 }
 /// Until the row is there for every thread.
 __device__ inline void wait_for_row() {
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  wait_for_fetched();
   __syncthreads();
 }
 
@@ -74,13 +67,6 @@ __device__ void make_row(const Input& in, const float* gain, float* values) {
   const int end = (me + 1) * in.cols / blocks;
   for (int e = me * in.cols / blocks + static_cast<int>(threadIdx.x); e < end; e += kThreads)
     in.values[e] = values[e];
-}
-
-/// A block's dynamic shared memory. Code that reads it by offsets from here is compiled to shared loads; a
-/// pointer that a function returned is not known to be shared.
-__device__ inline char* block_memory() {
-  extern __shared__ __align__(16) char memory[];
-  return memory;
 }
 
 /// Blocks that share a product's channels, each its own (Own).

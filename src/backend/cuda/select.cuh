@@ -55,8 +55,7 @@ struct SelectScratch {
 /// The block's own, in shared memory.
 template <int kThreads>
 __device__ SelectScratch<kThreads>& select_scratch() {
-  __shared__ SelectScratch<kThreads> scratch;
-  return scratch;
+  return block_object<SelectScratch<kThreads>>();
 }
 
 /// Sum of the warps' values before warp `end`.

@@ -1,0 +1,74 @@
+// What kernels take from the machine that CUDA C++ has no words for: a block's dynamic shared memory by
+// offsets, copies into it, loads that leave no trace, counters. tests/emulation has another one, with which
+// kernels run on the host.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace larosa::cuda {
+
+/// A block's dynamic shared memory. Code that reads it by offsets from here is compiled to shared loads; a
+/// pointer that a function returned is not known to be shared.
+__device__ inline char* block_memory() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+/// The block's own T, in shared memory.
+template <class T>
+__device__ T& block_object() {
+  __shared__ T object;
+  return object;
+}
+
+/// 16 bytes that are read once: they are the first to leave the second-level cache, where code and rows stay.
+/// No branch and no predicate around it: the compiler would wait for each load.
+__device__ inline uint4 load_stream(const void* p) {
+  uint64_t once;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  uint4 v;
+  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+      : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+      : "l"(p), "l"(once));
+  return v;
+}
+/// (word & mask) | bits: the compiler made two instructions of two constants.
+__device__ inline uint32_t pick(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t picked;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(picked) : "r"(word), "r"(mask), "r"(bits));
+  return picked;
+}
+
+/// Starts a copy of 16 or 4 bytes to shared memory, both aligned to them.
+__device__ inline void fetch_vector(const void* x, void* to) {
+  const auto there = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(there), "l"(x) : "memory");
+}
+__device__ inline void fetch_word(const void* x, void* to) {
+  const auto there = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(there), "l"(x) : "memory");
+}
+/// Until the thread's copies are there, for the thread.
+__device__ inline void wait_for_fetched() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+/// What a counter of the device stands at: what was written before it came there is seen behind.
+__device__ inline uint32_t observe(const uint32_t* counter) {
+  uint32_t seen;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  return seen;
+}
+/// Adds one; returns what it stood at before.
+__device__ inline uint32_t arrive(uint32_t* counter) {
+  uint32_t seen;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;" : "=r"(seen) : "l"(counter) : "memory");
+  return seen;
+}
+/// The same without looking.
+__device__ inline void count(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
+}  // namespace larosa::cuda

@@ -1,0 +1,3 @@
+#include "backend/cuda/machine.cuh"
+// Behind it.
+#include "backend/cuda/topk.cu"

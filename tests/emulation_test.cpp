@@ -1,0 +1,245 @@
+// The CUDA backend's decoding product and its selections, run on the host (tests/emulation): against `ref`,
+// and the laws. What every machine can test of them; the rest is cuda_test, which needs a device.
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <vector>
+
+#include "backend/cuda/kernels.h"
+#include "products.h"
+
+namespace larosa {
+namespace {
+
+using namespace cases;
+
+constexpr int kShared = 217 << 10;  // an H200's, beside what kernels declare
+
+/// A device of a few multiprocessors, and what its launches share.
+struct Device {
+  explicit Device(int multiprocessors = 8, int shared = kShared) : ticket(2 * cuda::kTickets + 1) {
+    stream.multiprocessors = multiprocessors;
+    stream.shared_bytes = shared;
+    partial.resize(cuda::kPartialFloats);
+    scratch = {partial.data(), ticket.data(), ticket.data() + cuda::kTickets};
+    chain.done = scratch.meetings + cuda::kTickets;
+  }
+  void gemv(const cuda::Input& in, const std::vector<Product>& products,
+            const std::vector<cuda::Skip>& skips = {}, const cuda::Glu& glu = {}) {
+    cuda::gemv(stream, in, products, skips, glu, scratch, chain);
+  }
+
+  cuda::Stream stream;
+  std::vector<float> partial;
+  std::vector<uint32_t> ticket;
+  cuda::Scratch scratch;
+  cuda::Chain chain;
+};
+
+/// A weight as aligned as memory comes, or one element off.
+struct PlacedWeight {
+  PlacedWeight(const Weight& from, bool aligned) : weight(from) {
+    const auto bytes = static_cast<size_t>(from.bytes());
+    const size_t gap = aligned ? 0 : static_cast<size_t>(dtype_size(from.dtype));
+    memory.resize((bytes + gap) / sizeof(uint4) + 1);
+    weight.data =
+        static_cast<char*>(std::memcpy(reinterpret_cast<char*>(memory.data()) + gap, from.data, bytes));
+  }
+  std::vector<uint4> memory;
+  Weight weight;
+};
+
+cuda::Input row_of(const Mat& x) {
+  cuda::Input in;
+  in.cols = static_cast<int>(x.cols);
+  in.x = x.data;
+  return in;
+}
+
+/// body(dtype, aligned) for every type of channels.
+template <class Body>
+void each_type(const Body& body) {
+  for (const DType dtype : types(Layout::channels)) {
+    for (const bool aligned : {true, false}) {
+      if (!aligned && quantised(dtype)) continue;
+      SCOPED_TRACE(std::string(dtype_name(dtype)) + (aligned ? "" : " unaligned"));
+      body(dtype, aligned);
+    }
+  }
+}
+
+class Emulation : public testing::Test {
+ protected:
+  Device device_;
+  Random random_{1};
+  const std::unique_ptr<Backend> ref_ = make_ref_backend();
+};
+
+TEST_F(Emulation, ProductsMatchTruth) {
+  std::vector<Shape> shapes = kShapes;
+  shapes.push_back({2048, 96});
+  for (const Shape s : shapes) {
+    SCOPED_TRACE(std::to_string(s.in) + "→" + std::to_string(s.out));
+    each_type([&](DType dtype, bool aligned) {
+      const ProductCase c(1, s, dtype, Layout::channels, true, true);
+      const std::vector<Rows> y = c.results();
+      std::vector<Product> products = c.products(y);
+      std::vector<PlacedWeight> placed;
+      for (const Product& p : products) placed.emplace_back(p.weight, aligned);
+      for (size_t p = 0; p < placed.size(); ++p) products[p].weight = placed[p].weight;
+      if (cuda::gemv_together(products[0].weight, products[1].weight)) {
+        device_.gemv(row_of(c.x.mat), products);
+      } else {
+        for (const Product& p : products) device_.gemv(row_of(c.x.mat), {p});
+      }
+      EXPECT_LE(worst_ratio(y, c.run(*ref_), c.tolerances(sum_bound(s.in))), 1);
+    });
+  }
+}
+
+/// Selections are `ref`'s, from no cut and from their own; the product is that of the row with zeros, bit for
+/// bit, and of the whole row where all of it is kept.
+TEST_F(Emulation, SparseEqualsDenseOfMaskedRow) {
+  Device device(4);  // one group of blocks: launches are few milliseconds then
+  for (const int64_t n : {3, 1030}) {
+    const Rows x = hard_rows(n, random_);
+    std::vector<float> scale(static_cast<size_t>(n));
+    for (float& s : scale) s = std::fabs(random_.normal());
+    const StoredWeight stored(n % 2 ? DType::int8 : DType::bf16, Layout::channels, n, 136, false, random_);
+    const PlacedWeight w(stored.weight, true);
+    const auto product = [&](const cuda::Input& in) {
+      Rows y(1, 136);
+      device.gemv(in, {{w.weight, y.mat, false}});
+      return y;
+    };
+    const auto kept = ref_->make_selection(1, n);
+    for (int64_t t = 0; t < x.mat.rows; ++t) {
+      const Rows row(1, n), truth(1, n), masked(1, n);
+      std::copy_n(x.mat.row(t), n, row.mat.data);
+      const auto check = [&](cuda::Input in, int times) {
+        ref_->expand(*kept, truth.mat);
+        int32_t guess = 0, count = -1;
+        in.x = row.mat.data;
+        in.cols = static_cast<int>(n);
+        in.masked = masked.mat.data;
+        in.kept = &count;
+        if (in.select == cuda::Selects::topk) in.guess = &guess;
+        for (int time = 0; time < times; ++time) {
+          const Rows sparse = product(in);
+          EXPECT_EQ(count, ref_->count(*kept));
+          EXPECT_EQ(bits_differ(masked.mat, truth.mat), 0) << time;
+          if (time > 0) continue;
+          EXPECT_EQ(bits_differ(sparse.mat, product(row_of(masked.mat)).mat), 0);
+          if (count == n) {
+            EXPECT_EQ(bits_differ(sparse.mat, product(row_of(row.mat)).mat), 0);
+          }
+        }
+        const Rows alone(1, n);
+        in.guess = nullptr;
+        cuda::select(device.stream, row.mat, in, alone.mat.data, &count);
+        EXPECT_EQ(count, ref_->count(*kept));
+        EXPECT_EQ(bits_differ(alone.mat, truth.mat), 0);
+      };
+      for (const bool scaled : {false, true}) {
+        for (const int64_t keep : keeps(n)) {
+          if (scaled && keep != n / 2) continue;
+          SCOPED_TRACE(std::to_string(n) + " row " + std::to_string(t) + " keep " + std::to_string(keep) +
+                       (scaled ? " scaled" : ""));
+          cuda::Input in;
+          in.select = cuda::Selects::topk;
+          in.keep = static_cast<int>(keep);
+          in.scale = scaled ? scale.data() : nullptr;
+          ref_->topk(row.mat, in.scale, keep, *kept);
+          check(in, 2);
+        }
+      }
+      for (const float cut : {-1.0f, 0.0f, 0.7f, kInf}) {
+        SCOPED_TRACE(std::to_string(n) + " row " + std::to_string(t) + " cut " + std::to_string(cut));
+        cuda::Input in;
+        in.select = cuda::Selects::threshold;
+        in.cut = cut;
+        ref_->threshold(row.mat, nullptr, cut, *kept);
+        check(in, 1);
+      }
+    }
+  }
+}
+
+/// A norm on the way is the row that it writes down; outputs in more rounds than one, and a row that shared
+/// memory does not hold, are the same.
+TEST_F(Emulation, RowsAreTheSameHoweverTheyAreMade) {
+  constexpr int64_t kIn = 1030, kOut = 9001;
+  const Rows x = Rows(1, kIn).fill(random_), gain = Rows(1, kIn).fill(random_), norm(1, kIn), masked(1, kIn);
+  const StoredWeight stored(DType::f32, Layout::channels, kIn, kOut, false, random_);
+  const PlacedWeight w(stored.weight, true);
+  const auto product = [&](Device& device, const cuda::Input& in) {
+    Rows y(1, kOut);
+    device.gemv(in, {{w.weight, y.mat, false}});
+    return y;
+  };
+  int32_t count = 0;
+  cuda::Input in = row_of(x.mat);
+  in.source = cuda::Source::norm;
+  in.gain = gain.mat.data;
+  in.eps = 1e-5f;
+  in.values = norm.mat.data;
+  in.select = cuda::Selects::topk;
+  in.keep = 400;
+  in.masked = masked.mat.data;
+  in.kept = &count;
+  const Rows fused = product(device_, in), truth(1, kIn);
+  ref_->rms_norm(x.mat, gain.mat.data, 1e-5f, truth.mat);
+  for (int64_t i = 0; i < kIn; ++i)
+    EXPECT_NEAR(norm.at(0, i), truth.at(0, i), 1e-6 * std::fabs(truth.at(0, i)) + 1e-12);
+  Device small(8, 22 << 10);
+  ASSERT_FALSE(cuda::gemv_fuses(small.stream, row_of(masked.mat), w.weight));
+  EXPECT_EQ(bits_differ(fused.mat, product(device_, row_of(masked.mat)).mat), 0);
+  EXPECT_EQ(bits_differ(fused.mat, product(small, row_of(masked.mat)).mat), 0);
+}
+
+TEST_F(Emulation, GatedActivationFollowsItsPair) {
+  constexpr int64_t kIn = 257, kOut = 136;
+  each_type([&](DType dtype, bool aligned) {
+    const Rows x = Rows(1, kIn).fill(random_), gate(1, kOut), up(1, kOut), mid(1, kOut), truth(1, kOut);
+    const StoredWeight a(dtype, Layout::channels, kIn, kOut, false, random_),
+        b(dtype, Layout::channels, kIn, kOut, false, random_);
+    const PlacedWeight wa(a.weight, aligned), wb(b.weight, aligned);
+    device_.gemv(row_of(x.mat), {{wa.weight, gate.mat, false}, {wb.weight, up.mat, false}}, {},
+                 {{}, mid.mat.data});
+    ref_->glu(gate.mat, up.mat, {}, truth.mat);
+    for (int64_t j = 0; j < kOut; ++j)
+      EXPECT_NEAR(mid.at(0, j), truth.at(0, j), 1e-6 * (1 + std::fabs(truth.at(0, j))));
+    EXPECT_TRUE(mid.gaps_intact());
+  });
+}
+
+TEST_F(Emulation, SkipsAreAdded) {
+  constexpr int64_t kIn = 384, kSkip = 320, kTop = 64, kOut = 264;
+  for (const DType dtype : types(Layout::channels)) {
+    for (const DType skip_dtype : types(Layout::channels)) {
+      SCOPED_TRACE(std::string(dtype_name(dtype)) + " after " + dtype_name(skip_dtype));
+      const StoredWeight w(dtype, Layout::channels, kIn, kOut, true, random_),
+          skip(skip_dtype, Layout::channels, kSkip, kOut, false, random_),
+          top(DType::f32, Layout::channels, kTop, kOut, false, random_);
+      const PlacedWeight pw(w.weight, true), pskip(skip.weight, true), ptop(top.weight, true);
+      const Rows h = Rows(1, kIn).fill(random_), x = Rows(1, kSkip).fill(random_), y(1, kOut), truth(1, kOut);
+      ASSERT_TRUE(cuda::gemv_skips(device_.stream, row_of(h.mat), pw.weight, pskip.weight));
+      device_.gemv(row_of(h.mat), {{pw.weight, y.mat, false}},
+                   {{x.mat.data, pskip.weight}, {x.mat.data, ptop.weight}});
+      ref_->rotate(x.mat, skip.weight, truth.mat);
+      ref_->rotate(Mat(x.mat.data, 1, kTop, x.mat.stride), top.weight, truth.mat, true);
+      const Product product{w.weight, truth.mat, true};
+      ref_->matmul(h.mat, std::span(&product, 1));
+      double error = 0, size = 0;
+      for (int64_t j = 0; j < kOut; ++j) {
+        error += std::pow(double{y.at(0, j)} - truth.at(0, j), 2);
+        size += std::pow(double{truth.at(0, j)}, 2);
+      }
+      EXPECT_LE(std::sqrt(error), 1e-5 * std::sqrt(size));
+      EXPECT_TRUE(y.gaps_intact());
+    }
+  }
+}
+
+}  // namespace
+}  // namespace larosa
