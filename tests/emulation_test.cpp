@@ -153,7 +153,7 @@ TEST_F(Emulation, SparseEqualsDenseOfMaskedRow) {
           check(in, 2);
         }
       }
-      for (const float cut : {-1.0f, 0.0f, 0.7f, kInf}) {
+      for (const float cut : {-1.0f, 0.0f, 0.7f, kInf, kNan, -kNan}) {
         SCOPED_TRACE(std::to_string(n) + " row " + std::to_string(t) + " cut " + std::to_string(cut));
         cuda::Input in;
         in.select = cuda::Selects::threshold;

@@ -232,8 +232,8 @@ template <int kThreads, class Row>
 __device__ Cut cut_of(const Row& row, const Rule& rule, int guess) {
   if (rule.select == Selects::all || (rule.select == Selects::topk && rule.keep == rule.cols))
     return {0, kAllTies};
-  if (rule.select == Selects::threshold) {  // keys are the bits of non-negative floats: so is the cut
-    if (rule.cut < 0) return {0, kAllTies};
+  if (rule.select == Selects::threshold) {       // keys are the bits of non-negative floats: so is the cut
+    if (!(rule.cut >= 0)) return {0, kAllTies};  // below zero, or a NaN
     return {rule.cut == 0 ? 0 : __float_as_int(rule.cut), 0};
   }
   if (rule.keep == 0) return {kNanKey, 0};
