@@ -197,6 +197,23 @@ TEST_F(Emulation, RowsAreTheSameHoweverTheyAreMade) {
   EXPECT_EQ(bits_differ(fused.mat, product(small, row_of(masked.mat)).mat), 0);
 }
 
+TEST_F(Emulation, RowsThatAreTooLongAreRefused) {
+  Device small(8, 22 << 10);
+  const int64_t longest = cuda::gemv_longest(small.stream), out = 8;
+  const Rows x = Rows(1, longest + 1).fill(random_), y(1, out);
+  for (const int64_t n : {longest, longest + 1}) {
+    const StoredWeight stored(DType::f32, Layout::channels, n, out, false, random_);
+    const PlacedWeight w(stored.weight, true);
+    const std::vector<Product> products = {{w.weight, y.mat, false}};
+    const auto run = [&] { small.gemv(row_of(Mat(x.mat.data, 1, n)), products); };
+    if (n > longest) {
+      EXPECT_THROW(run(), Error);
+    } else {
+      EXPECT_NO_THROW(run());
+    }
+  }
+}
+
 TEST_F(Emulation, GatedActivationFollowsItsPair) {
   constexpr int64_t kIn = 257, kOut = 136;
   each_type([&](DType dtype, bool aligned) {

@@ -100,6 +100,8 @@ class Chain {
   bool linked_ = false;
 };
 
+/// Blocks that share a product's channels, side by side: a device has as many multiprocessors at least.
+inline constexpr int kGroup = 4;
 /// True when gemv can make the row itself. A longer one has to stand in memory with its zeros, and has at
 /// most gemv_longest entries.
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w);

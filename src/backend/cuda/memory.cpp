@@ -23,9 +23,8 @@ Stream make_stream(int device) {
          properties.minor, ", expected 8.0 or more");
   }
   s.multiprocessors = properties.multiProcessorCount;
-  constexpr int kLeast = 4;  // blocks that share a product are side by side (row.cuh)
-  if (s.multiprocessors < kLeast)
-    fail("cuda:", device, ": ", s.multiprocessors, " multiprocessors, expected ", kLeast, " or more");
+  if (s.multiprocessors < kGroup)
+    fail("cuda:", device, ": ", s.multiprocessors, " multiprocessors, expected ", kGroup, " or more");
   s.shared_bytes = static_cast<int>(properties.sharedMemPerBlockOptin) - kStaticShared;
   s.dependent = properties.major >= 9 && launches_may_depend();
   check(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking), "stream");

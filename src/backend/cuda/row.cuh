@@ -69,8 +69,6 @@ __device__ void make_row(const Input& in, const float* gain, float* values) {
     in.values[e] = values[e];
 }
 
-/// Blocks that share a product's channels, each its own (Own).
-inline constexpr int kGroup = 4;
 __host__ __device__ inline int padded_bytes(int cols, int size) {
   return (cols * size + 15) / 16 * 16;
 }
