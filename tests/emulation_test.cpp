@@ -17,12 +17,11 @@ constexpr int kShared = 217 << 10;  // an H200's, beside what kernels declare
 
 /// A device of a few multiprocessors, and what its launches share.
 struct Device {
-  explicit Device(int multiprocessors = 8, int shared = kShared) : ticket(2 * cuda::kTickets + 1) {
+  explicit Device(int multiprocessors = 8, int shared = kShared) : sent(cuda::kMostSent), ticket(1) {
     stream.multiprocessors = multiprocessors;
     stream.shared_bytes = shared;
-    partial.resize(cuda::kPartialFloats);
-    scratch = {partial.data(), ticket.data(), ticket.data() + cuda::kTickets};
-    chain.done = scratch.meetings + cuda::kTickets;
+    scratch.sent = sent.data();
+    chain.done = ticket.data();
   }
   void gemv(const cuda::Input& in, const std::vector<Product>& products,
             const std::vector<cuda::Skip>& skips = {}, const cuda::Glu& glu = {}) {
@@ -30,7 +29,7 @@ struct Device {
   }
 
   cuda::Stream stream;
-  std::vector<float> partial;
+  std::vector<uint64_t> sent;
   std::vector<uint32_t> ticket;
   cuda::Scratch scratch;
   cuda::Chain chain;

@@ -1,7 +1,7 @@
 // The decoding product: one row times weights in channels layout. A group of blocks has a range of the
 // outputs, its tile. Each block has its own channels of it, which its threads share, 16 bytes of outputs
 // each, and their sums are added in a fixed order: in the block, then over the blocks of the group, which
-// meet for it.
+// send them to each other.
 #include <algorithm>
 
 #include "backend/cuda/gemv_types.cuh"
@@ -55,7 +55,8 @@ struct Args {
   SkipArgs skip[kMostSkips];
   Glu glu;
   Input in;
-  Scratch scratch;
+  uint64_t* sent;
+  uint32_t stamp;  // of the first round of tiles
   Link link;
 };
 
@@ -244,33 +245,38 @@ __device__ void add_skip(const Args& a, const Tile& tile, int rank, const SkipAr
               [&](int column, float sum) { total[column] = __fadd_rn(total[column], sum); });
 }
 
-/// Until every block of a group has come here; what they wrote before is seen behind it. A group's blocks are
-/// in time to meet: a grid has no more of them than there are multiprocessors, and the next kernel's start
-/// when all of these have. Blocks of another engine on the device can hold theirs back for a while, no more
-/// than three a launch. The counter only grows, by `blocks` each time.
-__device__ void meet(uint32_t* counter, int blocks) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const uint32_t seen = arrive(counter);
-    const auto all = static_cast<uint32_t>(blocks), wanted = (seen / all + 1) * all;
-    wait_for_count(counter, wanted);
-  }
-  __syncthreads();
+/// The group's sums of a column, added in the order of the blocks, once they have come. A group's blocks are
+/// in time: a grid has no more of them than there are multiprocessors, and the next kernel's start when all
+/// of these have. Blocks of another engine on the device can hold theirs back for a while, no more than three
+/// a launch.
+__device__ float receive_sum(const uint64_t* sent, int columns, uint32_t stamp) {
+  float part[kGroup];
+  bool there;
+  do {
+    there = true;
+#pragma unroll
+    for (int r = 0; r < kGroup; ++r) there &= receive(sent + r * columns, stamp, part[r]);
+  } while (!there);
+  float sum = part[0];
+#pragma unroll
+  for (int r = 1; r < kGroup; ++r) sum = __fadd_rn(sum, part[r]);
+  return sum;
 }
 
 /// The blocks' sums (group, tile.columns) to this block's outputs: sum, bias and y before, in this order.
-__device__ void finish(const Args& a, const Tile& tile, int rank, const float* joined) {
+__device__ void finish(const Args& a, const Tile& tile, int rank, const uint64_t* sent, uint32_t stamp) {
   const int length = (tile.half + kGroup - 1) / kGroup, first = rank * length;
   const auto output_of = [&](int column) {
-    float sum = __ldcg(joined + column);
-#pragma unroll 4
-    for (int r = 1; r < kGroup; ++r) sum = __fadd_rn(sum, __ldcg(joined + r * tile.columns + column));
     const Place place = place_of(a, tile, column);
     const Part& part = a.part[place.part];
     if (place.output >= part.out) return 0.0f;
-    if (part.bias) sum = __fadd_rn(sum, __ldg(part.bias + place.output));
-    if (part.accumulate) sum = __fadd_rn(sum, __ldcg(part.y + place.output));
-    part.y[place.output] = sum;
+    float* const y = part.y + place.output;
+    const float bias = part.bias ? __ldg(part.bias + place.output) : 0,
+                before = part.accumulate ? __ldcg(y) : 0;
+    float sum = receive_sum(sent + column, tile.columns, stamp);
+    if (part.bias) sum = __fadd_rn(sum, bias);
+    if (part.accumulate) sum = __fadd_rn(sum, before);
+    *y = sum;
     return sum;
   };
 #pragma unroll 1
@@ -312,13 +318,14 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
     const Channels channels = prepare_row<kThreads>(a.in, memory, rank);
     start_next();  // not before: what it does there would hold the row up
     // Two places in turn: a block may be in the next tile while another still reads of this one.
-    float* const joined = a.scratch.partial + (group * 2 + t / groups % 2) * kGroup * widest_tile(a);
+    const int round = t / groups;
+    const uint32_t stamp = a.stamp + static_cast<uint32_t>(round);
+    uint64_t* const sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);
     add_product(a, tile, rank, channels, nullptr, sums, [&](int column, float sum) {
       if (a.skips > 0) sum = __fadd_rn(skipped[column], sum);
-      __stcg(joined + rank * tile.columns + column, sum);
+      send(sent + rank * tile.columns + column, sum, stamp);
     });
-    meet(a.scratch.meetings + group, kGroup);
-    finish(a, tile, rank, joined);
+    finish(a, tile, rank, sent, stamp);
   }
   signal(a.link);
 }
@@ -389,7 +396,7 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   Args a{};
   a.in = in;
   a.glu = glu;
-  a.scratch = scratch;
+  a.sent = scratch.sent;
   a.format = format_of(products[0].weight);
   a.granule = granule_of(a.format);
   a.paired = glu.mid != nullptr;
@@ -415,7 +422,8 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   share_out(s, a, lane);
   const int64_t shared = shared_bytes(in, a.held, skipped_bytes(a), sums, row);
   const int groups = std::min(a.tiles, s.multiprocessors / kGroup);
-  CHECK(int64_t{2} * groups * kGroup * widest_tile(a) <= kPartialFloats && groups <= kTickets);
+  CHECK(int64_t{2} * groups * kGroup * widest_tile(a) <= kMostSent);
+  a.stamp = chain.stamps(static_cast<uint32_t>((a.tiles + groups - 1) / groups));
   a.link = chain.link(s);
   launch_kernel(s, gemv_kernel, groups * kGroup, kThreads,
                 std::max(shared, std::min<int64_t>(kLeastShared, s.shared_bytes)), a);

@@ -68,11 +68,11 @@ struct Glu {
 
 /// Where blocks that share an output leave their sums and find each other.
 struct Scratch {
-  float* partial = nullptr;      // kPartialFloats
-  uint32_t* ticket = nullptr;    // attention's: kTickets, zero between launches
-  uint32_t* meetings = nullptr;  // products': kTickets, zero at first; each grows by whole groups
+  uint64_t* sent = nullptr;    // products': kMostSent sums with stamps, zero at first
+  float* partial = nullptr;    // attention's
+  uint32_t* ticket = nullptr;  // attention's: kTickets, zero between launches
 };
-inline constexpr int64_t kPartialFloats = int64_t{4096} * 1024;
+inline constexpr int64_t kMostSent = int64_t{4096} * 512;
 inline constexpr int64_t kTickets = 4096;
 
 /// How a launch waits for the one before: by a counter that grows by one for every block that has ended.
@@ -94,8 +94,11 @@ class Chain {
   }
   /// Something else is launched next.
   void cut() { linked_ = false; }
+  /// The first of `count` stamps in a row that no launch before had (of the last 2^32 stamps).
+  uint32_t stamps(uint32_t count) { return (stamp_ += count) - count; }
 
  private:
+  uint32_t stamp_ = 1;
   uint32_t count_ = 0;
   bool linked_ = false;
 };

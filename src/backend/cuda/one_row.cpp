@@ -25,11 +25,11 @@ bool OneRow::Pending::touches(std::span<const Product> products) const {
 }
 
 OneRow::OneRow(const Stream& stream) : stream_(stream) {
-  scratch_.partial = static_cast<float*>(partial_.at_least(kPartialFloats * 4));
-  scratch_.ticket = static_cast<uint32_t*>(tickets_.at_least((2 * kTickets + 1) * 4));
-  scratch_.meetings = scratch_.ticket + kTickets;
-  chain_.done = scratch_.meetings + kTickets;
-  check(cudaMemsetAsync(scratch_.ticket, 0, (2 * kTickets + 1) * 4, stream_.stream), "memory");
+  scratch_.sent = static_cast<uint64_t*>(sent_.at_least(kMostSent * 8));
+  scratch_.ticket = static_cast<uint32_t*>(tickets_.at_least((kTickets + 1) * 4));
+  chain_.done = scratch_.ticket + kTickets;
+  check(cudaMemsetAsync(scratch_.sent, 0, kMostSent * 8, stream_.stream), "memory");
+  check(cudaMemsetAsync(scratch_.ticket, 0, (kTickets + 1) * 4, stream_.stream), "memory");
   check(cudaMemsetAsync(guesses_.at_least(kGuesses * 4), 0, kGuesses * 4, stream_.stream), "memory");
 }
 

@@ -88,7 +88,7 @@ class OneRow {
   std::optional<PendingRope> rope_;
   std::optional<PendingPair> pair_;
   std::optional<PendingSkip> skip_;
-  Buffer partial_, tickets_, guesses_, outputs_;
+  Buffer sent_, tickets_, guesses_, outputs_;
   Scratch scratch_;
   std::unordered_map<const void*, int> guess_at_;
   Chain chain_;

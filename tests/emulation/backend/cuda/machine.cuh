@@ -230,8 +230,13 @@ inline uint32_t observe(const uint32_t* counter) {
   emulation::yield();
   return *counter;
 }
-inline uint32_t arrive(uint32_t* counter) {
-  return (*counter)++;
+inline void send(uint64_t* to, float value, uint32_t stamp) {
+  *to = uint64_t{stamp} << 32 | __float_as_uint(value);
+}
+inline bool receive(const uint64_t* from, uint32_t stamp, float& value) {
+  emulation::yield();
+  value = __uint_as_float(static_cast<uint32_t>(*from));
+  return *from >> 32 == stamp;
 }
 inline void count(uint32_t* counter) {
   ++*counter;
