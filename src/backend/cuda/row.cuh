@@ -117,6 +117,26 @@ __device__ inline float* floats_at(int offset) {
   return offset < 0 ? nullptr : reinterpret_cast<float*>(block_memory() + offset);
 }
 
+/// Keys of a row in shared memory; scale: their place, where its score weights stand if it is scaled.
+template <int kThreads>
+__device__ const int* make_keys(const float* values, float* scale, bool scaled, int cols) {
+  int* const keys = reinterpret_cast<int*>(scale);  // each takes its weight's place
+  const auto store = [&](int first, const int(&key)[4], unsigned there) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (there >> i & 1) keys[first + i * kWarp] = key[i];
+  };
+  if (scaled) {
+    in_fours<kThreads>(
+        cols, Own(), kNoKey, [&](int e) { return score_key(values[e], scale, e); }, store);
+  } else {
+    in_fours<kThreads>(
+        cols, Own(), kNoKey, [&](int e) { return score_key(values[e], nullptr, e); }, store);
+  }
+  __syncthreads();  // a cut that is not searched for has no barrier before keys of others are read
+  return keys;
+}
+
 /// Lists what counts of a block's own channels; the first group of blocks writes the selection down.
 template <int kThreads, class Row>
 __device__ int choose(const Row& row, const Rule& rule, int list, int rank) {
@@ -148,21 +168,7 @@ __device__ int choose(const Row& row, const Rule& rule, int list, int rank) {
 template <int kThreads>
 __device__ __noinline__ int choose_keyed(Rule rule, RowMemory memory, int rank) {
   const float* const values = floats_at(memory.row);
-  const float* const scale = floats_at(memory.keys);
-  int* const keys = reinterpret_cast<int*>(floats_at(memory.keys));  // each takes its weight's place
-  const auto store = [&](int first, const int(&key)[4], unsigned there) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (there >> i & 1) keys[first + i * kWarp] = key[i];
-  };
-  if (memory.scaled) {
-    in_fours<kThreads>(
-        rule.cols, Own(), kNoKey, [&](int e) { return score_key(values[e], scale, e); }, store);
-  } else {
-    in_fours<kThreads>(
-        rule.cols, Own(), kNoKey, [&](int e) { return score_key(values[e], nullptr, e); }, store);
-  }
-  __syncthreads();  // a cut that is not searched for has no barrier before keys of others are read
+  const int* const keys = make_keys<kThreads>(values, floats_at(memory.keys), memory.scaled, rule.cols);
   return choose<kThreads>(KeyedRow<kThreads>{values, keys, rule.cols}, rule, memory.list, rank);
 }
 /// x: where a row that is not held stands.

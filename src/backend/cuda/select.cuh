@@ -2,9 +2,8 @@
 // index. Every product's blocks do this for themselves: a launch of its own costs as much and the launch on
 // top.
 //
-// The cut is looked for around that of the token before, in bins (cut_near). Where it is not there, or
-// nothing is known of one, the keys above two guesses are counted at once, and guesses interpolated
-// (find_cut).
+// The cut is looked for in bins of keys: around that of the token before first, then among all keys, then
+// within the bin that has it, until few enough are left to be ranked (find_cut).
 #pragma once
 
 #include "backend/cuda/device.cuh"
@@ -42,11 +41,10 @@ template <int kThreads>
 struct SelectScratch {
   static constexpr int kWarps = kThreads / kWarp;
   static_assert(kWarps <= kWarp);
-  int2 above[2][kWarps];  // count_above's, of this pass and the one before
   int warp_sum[kWarps], warp_ties[kWarps];
   float reduced[kWarps];
   int guess;
-  // cut_near's, cleared before each row:
+  // find_cut's, cleared before each pass:
   int bin[kThreads];
   int found, rank, held;  // the bin that the cut is in, or -1; entries of it to be kept, and all
   int members, member[kWarp];
@@ -63,87 +61,6 @@ __device__ inline int before_warp(const int* sums, int end) {
   return __reduce_add_sync(~0u, lane() < end ? sums[lane()] : 0);
 }
 
-/// Entries of the row with keys above low and above high.
-template <int kThreads, class Row>
-__device__ int2 count_above(const Row& row, int low, int high, int2* warps) {
-  constexpr int kWarps = kThreads / kWarp;
-  int x = 0, y = 0;
-  row.template each<4>([&](int, int key) {
-    x += key > low;
-    y += key > high;
-  });
-  x = __reduce_add_sync(~0u, x);
-  y = __reduce_add_sync(~0u, y);
-  if (lane() == 0) warps[warp()] = {x, y};
-  __syncthreads();
-  const int2 of_warp = lane() < kWarps ? warps[lane()] : int2{0, 0};
-  return {__reduce_add_sync(~0u, of_warp.x), __reduce_add_sync(~0u, of_warp.y)};
-}
-
-/// The cut that keeps exactly `keep` of the row's entries, 0 < keep < cols. guess: a key near it, or 0; it
-/// decides how many passes are made, not what is found.
-template <int kThreads, class Row>
-__device__ Cut find_cut(const Row& row, int keep, int guess) {
-  auto& s = select_scratch<kThreads>();
-  constexpr int kPatience = 8;        // passes before the bracket is cut in three whatever it holds
-  constexpr float kOctave = 8388608;  // keys from one power of two to the next
-  // More than keep entries lie above low, fewer above high; `known`: it was counted.
-  int low = kNoKey, high = kNanKey, above_low = row.cols, above_high = 0;
-  bool low_known = false, high_known = false;
-  float step = guess > 0 ? kOctave / 32 : kOctave / 2;
-  const float start = guess > 0 ? static_cast<float>(guess) : static_cast<float>(0x3f000000);
-  float try_low = start - step, try_high = start + step;  // rounded to 128 keys or less: they are guesses
-#pragma unroll 1
-  for (int pass = 0;; ++pass) {
-    const unsigned width = static_cast<unsigned>(high) - static_cast<unsigned>(low);
-    const auto inside = [&](float at) {
-      const float offset = fminf(fmaxf(at, 0.0f), 2147483520.0f);
-      return static_cast<unsigned>(offset);
-    };
-    unsigned a, b;  // offsets from low
-    if (low_known && high_known) {
-      const int held = above_low - above_high;
-      const float share = static_cast<float>(above_low - keep) / static_cast<float>(held);
-      const float keys = static_cast<float>(width);
-      const float spread = fmaxf(0.35f, 0.6f * sqrtf(static_cast<float>(held) * share * (1 - share)));
-      const bool thirds = held <= 3 || pass >= kPatience;
-      a = thirds ? width / 3 : inside(keys * (share - spread / static_cast<float>(held)));
-      b = thirds ? width - width / 3 : inside(keys * (share + spread / static_cast<float>(held)));
-    } else {
-      a = inside(try_low - static_cast<float>(low));
-      b = inside(try_high - static_cast<float>(low));
-      if (pass >= kPatience) {
-        a = width / 3;
-        b = width - width / 3;
-      }
-    }
-    a = min(max(a, 1u), width - 1);
-    b = min(max(b, a), width - 1);
-    const int first = static_cast<int>(static_cast<unsigned>(low) + a);
-    const int second = static_cast<int>(static_cast<unsigned>(low) + b);
-    const int2 n = count_above<kThreads>(row, first, second, s.above[pass % 2]);
-    if (n.x == keep) return {first, 0};
-    if (n.y == keep) return {second, 0};
-    if (n.x < keep) {
-      high = first, above_high = n.x, high_known = true;
-    } else if (n.y > keep) {
-      low = second, above_low = n.y, low_known = true;
-    } else {
-      low = first, above_low = n.x, low_known = true;
-      high = second, above_high = n.y, high_known = true;
-    }
-    if (static_cast<unsigned>(high) - static_cast<unsigned>(low) == 1) return {high, keep - above_high};
-    if (low_known == high_known) continue;
-    // A third of a normal row's entries lie in the octave around its median.
-    step *= 4;
-    const float slope = kOctave / (0.3f * static_cast<float>(row.cols));
-    const float at = low_known ? static_cast<float>(low) + static_cast<float>(above_low - keep) * slope
-                               : static_cast<float>(high) - static_cast<float>(keep - above_high) * slope;
-    try_low = at - (low_known ? step / 4 : step);
-    try_high = at + (low_known ? step : step / 4);
-  }
-}
-
 /// Which entries are to be kept: by value, since through a pointer to the kernel's arguments a function that
 /// is not inlined reads them from memory.
 struct Rule {
@@ -158,6 +75,7 @@ __device__ inline Rule rule_of(const Input& in) {
   return {in.select, in.cols, in.keep, in.cut, in.guess, in.masked, in.kept};
 }
 
+/// Before a barrier, and before find_cut.
 template <int kThreads>
 __device__ void clear_bins() {
   auto& s = select_scratch<kThreads>();
@@ -165,21 +83,27 @@ __device__ void clear_bins() {
   if (threadIdx.x == 0) s.found = -1, s.members = 0;
 }
 
-/// find_cut where the cut is within a quarter of an octave of `guess`, the cut of another row: one pass
-/// counts the keys around it in bins, which one barrier and a sum over the bins turn into the bin with the
-/// cut; where not all of its few members are kept, these are ranked. False: it was not there. Bins are clear.
+/// The bin that a cut is in, of `1 << shift` keys from `base` on: entries that it holds, and how many of them
+/// are kept; held 0: the cut is in no bin.
+struct Bin {
+  int base, held, rank;
+};
+
+/// The bin of the cut that keeps `keep` entries, of one bin per thread from `low` on. One pass counts, and
+/// one barrier and a sum over the bins find it. Bins are clear before; after, for the next pass, they are
+/// not.
 template <int kThreads, class Row>
-__device__ bool cut_near(const Row& row, int keep, int guess, Cut& cut) {
-  constexpr int kShift = 13, kWarps = kThreads / kWarp;
+__device__ Bin bin_of_cut(const Row& row, int keep, int low, int shift) {
+  constexpr int kWarps = kThreads / kWarp;
   auto& s = select_scratch<kThreads>();
-  const int low = max(guess - (kThreads << kShift) / 2, 1);
   int above = 0;
   row.each_four(Own(), [&](int, const int(&key)[4], unsigned) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int offset = key[i] - low;
-      above += offset >= kThreads << kShift;
-      if (offset >= 0 && offset < kThreads << kShift) atomicAdd(&s.bin[offset >> kShift], 1);
+      const unsigned bin = static_cast<unsigned>(key[i] - low) >> shift;
+      if (key[i] < low) continue;
+      above += bin >= kThreads;
+      if (bin < kThreads) atomicAdd(&s.bin[bin], 1);
     }
   });
   above = __reduce_add_sync(~0u, above);
@@ -202,32 +126,62 @@ __device__ bool cut_near(const Row& row, int keep, int guess, Cut& cut) {
     s.held = own;
   }
   __syncthreads();
-  if (s.found < 0 || s.held > kWarp) return false;
-  const int base = low + (s.found << kShift), rank = s.rank, held = s.held;
-  if (rank == held) {
-    cut = {base - 1, 0};
-  } else {
-    row.template each<1>([&](int, int key) {
-      if (static_cast<unsigned>(key - base) < 1u << kShift) s.member[atomicAdd(&s.members, 1)] = key;
-    });
-    __syncthreads();
-    const int mine = lane() < held ? s.member[lane()] : kNoKey;
-    int greater = 0, equal = 0;
-#pragma unroll 1
-    for (int i = 0; i < held; ++i) {
-      const int other = __shfl_sync(~0u, mine, i);
-      greater += other > mine;
-      equal += other == mine;
-    }
-    const bool last = lane() < held && greater < rank && rank <= greater + equal;
-    const int source = __ffs(static_cast<int>(__ballot_sync(~0u, last))) - 1;
-    const int key = __shfl_sync(~0u, mine, source), ties = rank - __shfl_sync(~0u, greater, source);
-    cut = ties == __shfl_sync(~0u, equal, source) ? Cut{key - 1, 0} : Cut{key, ties};
-  }
-  return true;
+  if (s.found < 0) return {0, 0, 0};
+  return {low + (s.found << shift), s.held, s.rank};
 }
 
-/// What a rule keeps of a row.
+/// The cut in a bin of a warp's keys at most, by their ranks.
+template <int kThreads, class Row>
+__device__ Cut ranked_cut(const Row& row, const Bin& bin, int shift) {
+  auto& s = select_scratch<kThreads>();
+  row.template each<1>([&](int, int key) {
+    if (static_cast<unsigned>(key - bin.base) < 1u << shift) s.member[atomicAdd(&s.members, 1)] = key;
+  });
+  __syncthreads();
+  const int mine = lane() < bin.held ? s.member[lane()] : kNoKey;
+  int greater = 0, equal = 0;
+#pragma unroll 1
+  for (int i = 0; i < bin.held; ++i) {
+    const int other = __shfl_sync(~0u, mine, i);
+    greater += other > mine;
+    equal += other == mine;
+  }
+  const bool last = lane() < bin.held && greater < bin.rank && bin.rank <= greater + equal;
+  const int source = __ffs(static_cast<int>(__ballot_sync(~0u, last))) - 1;
+  const int key = __shfl_sync(~0u, mine, source), ties = bin.rank - __shfl_sync(~0u, greater, source);
+  return ties == __shfl_sync(~0u, equal, source) ? Cut{key - 1, 0} : Cut{key, ties};
+}
+
+/// The cut that keeps exactly `keep` of the row's entries, 0 < keep < cols. guess: a key near it, or 0; it
+/// decides how many passes are made, not what is found. Bins are clear.
+template <int kThreads, class Row>
+__device__ Cut find_cut(const Row& row, int keep, int guess) {
+  // Around a guess: a quarter of an octave to each side with 512 threads. Among all keys, 31 bits of them: an
+  // octave's halves or quarters.
+  constexpr int kNear = 13, kBits = kThreads == 1024 ? 10 : 9, kAll = 31 - kBits;
+  static_assert(1 << kBits == kThreads);
+  int low = guess > 0 ? max(guess - (kThreads << kNear) / 2, 1) : 0, shift = guess > 0 ? kNear : kAll;
+#pragma unroll 1
+  for (;;) {
+    const Bin bin = bin_of_cut<kThreads>(row, keep, low, shift);
+    if (bin.held == 0) {  // the guess was wrong
+      low = 0, shift = kAll;
+    } else if (bin.rank == bin.held) {
+      return {bin.base - 1, 0};
+    } else if (bin.held <= kWarp) {
+      return ranked_cut<kThreads>(row, bin, shift);
+    } else if (shift == 0) {
+      return {bin.base, bin.rank};
+    } else {
+      low = bin.base, shift = max(shift - kBits, 0);
+    }
+    __syncthreads();  // everybody has read where the cut is
+    clear_bins<kThreads>();
+    __syncthreads();
+  }
+}
+
+/// What a rule keeps of a row. Bins are clear.
 template <int kThreads, class Row>
 __device__ Cut cut_of(const Row& row, const Rule& rule, int guess) {
   if (rule.select == Selects::all || (rule.select == Selects::topk && rule.keep == rule.cols))
@@ -237,8 +191,6 @@ __device__ Cut cut_of(const Row& row, const Rule& rule, int guess) {
     return {rule.cut == 0 ? 0 : __float_as_int(rule.cut), 0};
   }
   if (rule.keep == 0) return {kNanKey, 0};
-  Cut cut;
-  if (guess > 0 && cut_near<kThreads>(row, rule.keep, guess, cut)) return cut;
   return find_cut<kThreads>(row, rule.keep, guess);
 }
 
@@ -247,7 +199,9 @@ template <int kThreads, class Row>
 __device__ int count_kept(const Row& row, const Rule& rule, const Cut& cut) {
   if (cut.ties == kAllTies) return rule.cols;
   if (rule.select == Selects::topk) return rule.keep;
-  return count_above<kThreads>(row, cut.key, kNanKey, select_scratch<kThreads>().above[0]).x;
+  int above = 0;
+  row.template each<4>([&](int, int key) { above += key > cut.key; });
+  return block_reduce<kThreads>(above, select_scratch<kThreads>().warp_sum, Add());
 }
 
 /// Hands a share's kept entries to take(place, index), in the order of the index, zeros left out, and the

@@ -1,25 +1,40 @@
 // Selections of their own: rows of any length, several rows, and what a product's blocks do not make
 // themselves.
 #include "backend/cuda/launch.h"
-#include "backend/cuda/select.cuh"
+#include "backend/cuda/row.cuh"
 
 namespace larosa::cuda {
 namespace {
 
 constexpr int kThreads = 1024;
 
-/// One block per row.
-__global__ void __launch_bounds__(kThreads)
-    select_kernel(const __grid_constant__ Input in, int64_t stride, float* masked, int32_t* kept) {
-  wait_for_inputs();
-  const MemoryRow<kThreads> row{in.x + blockIdx.x * stride, in.scale, in.cols};
-  float* const to = masked + blockIdx.x * static_cast<int64_t>(in.cols);
-  const Rule rule = rule_of(in);
+template <class Row>
+__device__ void select_row(const Row& row, const Rule& rule, float* masked, int32_t* kept) {
   const Cut cut = cut_of<kThreads>(row, rule, 0);
   const int count = count_kept<kThreads>(row, rule, cut);
   compact<kThreads>(
-      row, cut, Own(), [&](int, int e) { to[e] = row.value(e); }, [&](int e) { to[e] = 0; });
-  if (threadIdx.x == 0) kept[blockIdx.x] = count;
+      row, cut, Own(), [&](int, int e) { masked[e] = row.value(e); }, [&](int e) { masked[e] = 0; });
+  if (threadIdx.x == 0) *kept = count;
+}
+
+/// One block per row. held: its memory holds the row and its keys.
+__global__ void __launch_bounds__(kThreads)
+    select_kernel(const __grid_constant__ Input in, int64_t stride, bool held, float* masked, int32_t* kept) {
+  const float* const x = in.x + blockIdx.x * stride;
+  float* const to = masked + blockIdx.x * static_cast<int64_t>(in.cols);
+  float *const values = floats_at(0), *const scale = floats_at(padded_bytes(in.cols, 4));
+  if (held && in.scale) fetch_row<kThreads>(in.scale, in.cols, scale);
+  clear_bins<kThreads>();
+  wait_for_inputs();
+  if (held) {
+    fetch_row<kThreads>(x, in.cols, values);
+    wait_for_row();
+    const int* const keys = make_keys<kThreads>(values, scale, in.scale != nullptr, in.cols);
+    select_row(KeyedRow<kThreads>{values, keys, in.cols}, rule_of(in), to, kept + blockIdx.x);
+  } else {
+    __syncthreads();
+    select_row(MemoryRow<kThreads>{x, in.scale, in.cols}, rule_of(in), to, kept + blockIdx.x);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -37,7 +52,10 @@ void select(const Stream& s, Mat x, const Input& rule, float* masked, int32_t* k
   Input in = rule;
   in.x = x.data;
   in.cols = static_cast<int>(x.cols);
-  launch_kernel(s, select_kernel, static_cast<unsigned>(x.rows), kThreads, 0, in, x.stride, masked, kept);
+  const int64_t shared = int64_t{2} * padded_bytes(in.cols, 4);
+  const bool held = shared <= s.shared_bytes;
+  launch_kernel(s, select_kernel, static_cast<unsigned>(x.rows), kThreads, held ? shared : 0, in, x.stride,
+                held, masked, kept);
 }
 
 void list_entries(const Stream& s, const float* row, int64_t cols, int32_t* count, int32_t* index) {
