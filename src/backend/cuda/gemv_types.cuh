@@ -44,7 +44,7 @@ inline constexpr uint32_t kMagic = 0x4b000000u;
 
 /// int8 lines: P bytes, then one f16 scale per 128 outputs.
 struct Bytes {
-  static constexpr int kLane = 16, kGranule = kLane, kAhead = 4;
+  static constexpr int kLane = 16, kGranule = kLane, kAhead = 6;
   struct Loaded {
     uint4 q;
     __half scale;
