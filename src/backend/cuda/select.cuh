@@ -83,6 +83,10 @@ __device__ void clear_bins() {
   if (threadIdx.x == 0) s.found = -1, s.members = 0;
 }
 
+/// A pass has a bin for each thread: it finds so many bits of the cut.
+template <int kThreads>
+inline constexpr int kBinBits = kThreads == 1024 ? 10 : 9;
+
 /// The bin that a cut is in, of `1 << shift` keys from `base` on: entries that it holds, and how many of them
 /// are kept; held 0: the cut is in no bin.
 struct Bin {
@@ -152,33 +156,35 @@ __device__ Cut ranked_cut(const Row& row, const Bin& bin, int shift) {
   return ties == __shfl_sync(~0u, equal, source) ? Cut{key - 1, 0} : Cut{key, ties};
 }
 
-/// The cut that keeps exactly `keep` of the row's entries, 0 < keep < cols. guess: a key near it, or 0; it
-/// decides how many passes are made, not what is found. Bins are clear.
+/// The cut that keeps exactly `keep` of the row's entries, 0 < keep < cols, among one bin per thread of
+/// `1 << shift` keys from `low` on; then in the one that has it, until what is left can be ranked. Bins are
+/// cleared here. Not inlined: decoding hardly ever comes here, and its own code stays together.
 template <int kThreads, class Row>
-__device__ Cut find_cut(const Row& row, int keep, int guess) {
-  // Around a guess: a quarter of an octave to each side with 512 threads. Among all keys, 31 bits of them: an
-  // octave's halves or quarters.
-  constexpr int kNear = 13, kBits = kThreads == 1024 ? 10 : 9, kAll = 31 - kBits;
-  static_assert(1 << kBits == kThreads);
-  int low = guess > 0 ? max(guess - (kThreads << kNear) / 2, 1) : 0, shift = guess > 0 ? kNear : kAll;
+__device__ __noinline__ Cut find_cut(Row row, int keep, int low, int shift) {
 #pragma unroll 1
   for (;;) {
-    const Bin bin = bin_of_cut<kThreads>(row, keep, low, shift);
-    if (bin.held == 0) {  // the guess was wrong
-      low = 0, shift = kAll;
-    } else if (bin.rank == bin.held) {
-      return {bin.base - 1, 0};
-    } else if (bin.held <= kWarp) {
-      return ranked_cut<kThreads>(row, bin, shift);
-    } else if (shift == 0) {
-      return {bin.base, bin.rank};
-    } else {
-      low = bin.base, shift = max(shift - kBits, 0);
-    }
-    __syncthreads();  // everybody has read where the cut is
+    __syncthreads();  // everybody has read where the cut was
     clear_bins<kThreads>();
     __syncthreads();
+    const Bin bin = bin_of_cut<kThreads>(row, keep, low, shift);
+    if (bin.rank == bin.held) return {bin.base - 1, 0};
+    if (bin.held <= kWarp) return ranked_cut<kThreads>(row, bin, shift);
+    if (shift == 0) return {bin.base, bin.rank};
+    low = bin.base, shift = max(shift - kBinBits<kThreads>, 0);
   }
+}
+/// The same with a guess: a key near the cut, or 0. It decides how many passes are made, not what is found.
+/// Bins are clear.
+template <int kThreads, class Row>
+__device__ Cut find_cut(const Row& row, int keep, int guess) {
+  // With 512 threads a quarter of an octave to each side; without a guess halves of an octave, all there are.
+  constexpr int kNear = 13, kAll = 31 - kBinBits<kThreads>;
+  if (guess <= 0) return find_cut<kThreads>(row, keep, 0, kAll);
+  const Bin bin = bin_of_cut<kThreads>(row, keep, max(guess - (kThreads << kNear) / 2, 1), kNear);
+  if (bin.held == 0) return find_cut<kThreads>(row, keep, 0, kAll);
+  if (bin.rank == bin.held) return {bin.base - 1, 0};
+  if (bin.held <= kWarp) return ranked_cut<kThreads>(row, bin, kNear);
+  return find_cut<kThreads>(row, keep, bin.base, kNear - kBinBits<kThreads>);
 }
 
 /// What a rule keeps of a row. Bins are clear.
