@@ -100,13 +100,14 @@ template <int kThreads, class Row>
 __device__ Bin bin_of_cut(const Row& row, int keep, int low, int shift) {
   constexpr int kWarps = kThreads / kWarp;
   auto& s = select_scratch<kThreads>();
+  const unsigned span = (static_cast<unsigned>(kThreads) << shift) - 1;
+  const int last = low + static_cast<int>(min(span, static_cast<unsigned>(kNanKey - low)));
   int above = 0;
   row.each_four(Own(), [&](int, const int(&key)[4], unsigned) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const unsigned bin = static_cast<unsigned>(key[i] - low) >> shift;
-      if (key[i] < low) continue;
-      above += bin >= kThreads;
+      const unsigned bin = static_cast<unsigned>(key[i] - low) >> shift;  // of a lower key there is none
+      above += key[i] > last;
       if (bin < kThreads) atomicAdd(&s.bin[bin], 1);
     }
   });
