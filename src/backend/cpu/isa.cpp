@@ -7,6 +7,10 @@
 #include "hwy/highway.h"
 #include "oneapi/dnnl/dnnl.hpp"
 
+#if HWY_ARCH_X86
+#include <cpuid.h>
+#endif
+
 namespace larosa {
 namespace {
 
@@ -14,6 +18,7 @@ struct Isa {
   const char* name;
   int64_t targets;  // Highway's bits
   dnnl::cpu_isa onednn;
+  bool zen5 = false;  // its way to read channels, on whatever machine
 };
 
 struct OneDnnIsa {
@@ -34,7 +39,8 @@ constexpr OneDnnIsa kOneDnnIsas[] = {{0x1, "asimd"}, {0x3, "sve_128"}, {0x7, "sv
 constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::sse41},
                          {"avx2", HWY_AVX2, dnnl::cpu_isa::avx2},
                          {"avx512", HWY_AVX3, dnnl::cpu_isa::all},
-                         {"avx512vnni", HWY_AVX3_DL | HWY_AVX3, dnnl::cpu_isa::all}};
+                         {"avx512vnni", HWY_AVX3_DL | HWY_AVX3, dnnl::cpu_isa::all},
+                         {"zen5", HWY_AVX3_DL | HWY_AVX3, dnnl::cpu_isa::all, true}};
 constexpr OneDnnIsa kOneDnnIsas[] = {{bits(dnnl::cpu_isa::sse41), "sse41"},
                                      {bits(dnnl::cpu_isa::avx), "avx"},
                                      {bits(dnnl::cpu_isa::avx2), "avx2"},
@@ -47,6 +53,19 @@ constexpr OneDnnIsa kOneDnnIsas[] = {{bits(dnnl::cpu_isa::sse41), "sse41"},
 constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::all}};
 constexpr OneDnnIsa kOneDnnIsas[] = {{0, "generic"}};
 #endif
+
+/// AMD's family 1Ah.
+bool on_zen5() {
+#if HWY_ARCH_X86
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return false;
+  const bool amd = ebx == signature_AMD_ebx && ecx == signature_AMD_ecx && edx == signature_AMD_edx;
+  if (!amd || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
+  return (eax >> 8 & 0xf) + (eax >> 20 & 0xff) == 0x1a;
+#else
+  return false;
+#endif
+}
 
 const Isa* forced_isa() {
   const char* value = std::getenv("LAROSA_ISA");
@@ -81,6 +100,10 @@ Kernels choose_kernels() {
   fill_glu(kernels);
   fill_softmax(kernels);
   if (forced) hwy::SetSupportedTargetsForTest(0);
+  if (forced ? forced->zen5 : on_zen5()) {
+    kernels.gemv_chain = kernels.gemv_chain_zen5;
+    kernels.target = "AVX3_DL on Zen 5";
+  }
   return kernels;
 }
 

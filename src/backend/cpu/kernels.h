@@ -66,6 +66,9 @@ struct Kernels {
   /// 128, with room for a multiple of 128; begin at a multiple of 128.  w (in, out) channels
   void (*gemv_chain)(const Weight& w, const int32_t* index, const float* value, int64_t count, int64_t begin,
                      int64_t end, float* part);
+  /// The same bits, read from memory as Zen 5 wants it; choose_kernels() puts it in gemv_chain's place there.
+  void (*gemv_chain_zen5)(const Weight& w, const int32_t* index, const float* value, int64_t count,
+                          int64_t begin, int64_t end, float* part);
   /// y[j] = even[j − begin] + odd[j − begin] (+ bias[j]) (+ y[j]) for j in [begin, end): the parts of both
   /// chains.
   void (*gemv_join)(const Weight& w, const float* even, const float* odd, int64_t begin, int64_t end,
