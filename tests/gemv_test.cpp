@@ -235,7 +235,7 @@ TEST(Gemv, RotateIsAProduct) {
 
 TEST(Isa, OverrideTakesEffect) {
   const std::pair<const char*, std::vector<std::string>> expected[] = {
-      {"avx512vnni", {"AVX3_DL,"}}, {"zen5", {"AVX3_DL on Zen 5,"}},
+      {"avx512vnni", {"AVX3_DL,"}}, {"zen5", {"AVX3_DL for Zen 5,"}},
       {"avx512", {"AVX3,"}},        {"avx2", {"AVX2"}},
       {"neon", {"NEON"}},           {"portable", {"SCALAR", "EMU128"}}};
   for (const std::string& isa : isas()) {

@@ -70,7 +70,6 @@ HWY_INLINE void add_channels(const typename Format::Stored* const* w,
   int64_t j = 0;
   for (; j + step <= n; j += step) {
     Floats a = hn::Load(d, acc + j), b = hn::Load(d, acc + j + lanes());
-    HWY_UNROLL(8)
     for (int64_t c = 0; c < Count; ++c) {
       __builtin_prefetch(ahead[c] + j * stride, 0, Reading::kLevel);
       const Pair p = Format::load(w[c] + j);
@@ -313,7 +312,7 @@ class QuantisedPass {
   void fetch_scales(const int32_t* index, int64_t count) const {
     for (int64_t c = 0; c < count; ++c) {
       for (int64_t byte = 0; byte < groups_ * 2; byte += kLine)
-        __builtin_prefetch(line(index[c]) + scales_at_ + byte, 0, 2);
+        __builtin_prefetch(line(index[c]) + scales_at_ + byte, 0, Reading::kLevel);
     }
   }
 

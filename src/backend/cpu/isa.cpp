@@ -102,7 +102,7 @@ Kernels choose_kernels() {
   if (forced) hwy::SetSupportedTargetsForTest(0);
   if (forced ? forced->zen5 : on_zen5()) {
     kernels.gemv_chain = kernels.gemv_chain_zen5;
-    kernels.target = "AVX3_DL on Zen 5";
+    kernels.target = "AVX3_DL for Zen 5";
   }
   return kernels;
 }
