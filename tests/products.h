@@ -46,7 +46,7 @@ class ProductCase {
 
   /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for one row of a quantised weight
   /// half a step of every multiplier besides: these have 15 bits of the largest one among a block of 64
-  /// channels (gemv.cpp).
+  /// channels (levels-inl.h).
   std::vector<Rows> tolerances(double bound) const {
     std::vector<Rows> all;
     for (size_t p = 0; p < weights.size(); ++p) {

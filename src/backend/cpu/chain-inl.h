@@ -13,13 +13,6 @@
 #include "backend/cpu/levels-inl.h"
 #include "backend/cpu/simd-inl.h"
 
-#undef LAROSA_UNROLL
-#if HWY_TARGET == HWY_SCALAR
-#define LAROSA_UNROLL
-#else
-#define LAROSA_UNROLL HWY_UNROLL(4)
-#endif
-
 HWY_BEFORE_NAMESPACE();
 namespace larosa {
 namespace HWY_NAMESPACE {
@@ -42,11 +35,11 @@ struct ReadMany {
   static constexpr int64_t quantised_outputs(DType) { return 16384; }
 };
 
-/// Zen 5: reads of 8 streams side by side reach 0.6 to 0.8 of what 1 or 2 do, fetches into the second-level
-/// cache are dropped at random (a quarter to a half of them when they come faster than memory delivers, one
-/// in seven of short lines at any pace), those into the first far less often; a second one catches what was
-/// dropped. Its first-level cache has 48 KiB. Against ReadMany, 2 threads, Llama-3.2-1B's projections: bf16
-/// dense 1.22, int8 1.11, int4 1.08 times as fast; half sparse 1.09, 1.06, 1.05 (docs/results.md).
+/// Zen 5: 8 streams side by side are read at 0.6 to 0.8 of the speed of 1 or 2; fetches that come faster than
+/// memory delivers are dropped, into the second-level cache more often than into the first, so quantised
+/// lines are fetched a second time. The first-level cache has 48 KiB. Against ReadMany, 2 threads, a 1B
+/// model's projections: bf16 dense 1.17, int8 1.10, int4 1.05 times as fast; half sparse 1.06, 1.03, 1.08
+/// (docs/results.md).
 struct ReadFew {
   static constexpr int64_t kChannels = 4, kAhead = 8, kAgain = 4;
   static constexpr bool kInOrder = true;
@@ -268,7 +261,6 @@ class QuantisedPass {
       for (int64_t part = 0; part < kQuantBlock; part += 8 * lanes()) {
         const bool begins = part == 0, ends = part + 8 * lanes() == kQuantBlock;
         Sums s = Sums::load(sums_ + b * kQuantBlock + part);
-        LAROSA_UNROLL
         for (int64_t c = 0; c < pairs; ++c) {
           if (begins) fetch(lines, 2 * c, at);
           if (ends) fetch(lines, 2 * c + 1, at);
