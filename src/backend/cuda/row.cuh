@@ -117,32 +117,11 @@ __device__ inline float* floats_at(int offset) {
   return offset < 0 ? nullptr : reinterpret_cast<float*>(block_memory() + offset);
 }
 
-/// Keys of a row in shared memory; scale: their place, where its score weights stand if it is scaled.
-template <int kThreads>
-__device__ const int* make_keys(const float* values, float* scale, bool scaled, int cols) {
-  int* const keys = reinterpret_cast<int*>(scale);  // each takes its weight's place
-  const auto store = [&](int first, const int(&key)[4], unsigned there) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (there >> i & 1) keys[first + i * kWarp] = key[i];
-  };
-  if (scaled) {
-    in_fours<kThreads>(
-        cols, Own(), kNoKey, [&](int e) { return score_key(values[e], scale, e); }, store);
-  } else {
-    in_fours<kThreads>(
-        cols, Own(), kNoKey, [&](int e) { return score_key(values[e], nullptr, e); }, store);
-  }
-  __syncthreads();  // a cut that is not searched for has no barrier before keys of others are read
-  return keys;
-}
-
 /// Lists what counts of a block's own channels; the first group of blocks writes the selection down.
 template <int kThreads, class Row>
-__device__ int choose(const Row& row, const Rule& rule, int list, int rank) {
+__device__ int choose(const Row& row, const Cut& cut, const Rule& rule, int list, int rank) {
   auto* const near = reinterpret_cast<uint32_t*>(block_memory() + list);
   auto* const value = reinterpret_cast<float*>(block_memory() + list + list_bytes(rule.cols) / 2);
-  const Cut cut = cut_of<kThreads>(row, rule, select_scratch<kThreads>().guess);
   float* const masked = blockIdx.x < kGroup ? rule.masked : nullptr;
   const int count = compact<kThreads>(
       row, cut, Own{rank, kGroup},
@@ -166,18 +145,30 @@ __device__ int choose(const Row& row, const Rule& rule, int list, int rank) {
   return count;
 }
 template <int kThreads>
+__device__ Cut keyed_cut(const KeyingRow<kThreads>& first, const KeyedRow<kThreads>& row, const Rule& rule,
+                         int guess) {
+  if (guess > 0 && searched(rule)) return find_cut_near<kThreads>(row, first, rule.keep, guess);
+  first.each_four(Own(), [](int, const int(&)[4], unsigned) {});
+  __syncthreads();  // a cut that is not searched for has no barrier before keys of others are read
+  return cut_of<kThreads>(row, rule);
+}
+template <int kThreads>
 __device__ __noinline__ int choose_keyed(Rule rule, RowMemory memory, int rank) {
   const float* const values = floats_at(memory.row);
-  const int* const keys = make_keys<kThreads>(values, floats_at(memory.keys), memory.scaled, rule.cols);
-  return choose<kThreads>(KeyedRow<kThreads>{values, keys, rule.cols}, rule, memory.list, rank);
+  float* const scale = floats_at(memory.keys);
+  const KeyedRow<kThreads> row{values, reinterpret_cast<const int*>(scale), rule.cols};
+  const Cut cut = keyed_cut<kThreads>({values, scale, memory.scaled, rule.cols}, row, rule,
+                                      select_scratch<kThreads>().guess);
+  return choose<kThreads>(row, cut, rule, memory.list, rank);
 }
 /// x: where a row that is not held stands.
 template <int kThreads>
 __device__ __noinline__ int choose_all(Rule rule, RowMemory memory, const float* x, int rank) {
+  const Cut all{0, kAllTies};
   if (memory.row < 0)
-    return choose<kThreads>(MemoryRow<kThreads>{x, nullptr, rule.cols}, rule, memory.list, rank);
-  return choose<kThreads>(MemoryRow<kThreads>{floats_at(memory.row), nullptr, rule.cols}, rule, memory.list,
-                          rank);
+    return choose<kThreads>(MemoryRow<kThreads>{x, nullptr, rule.cols}, all, rule, memory.list, rank);
+  return choose<kThreads>(MemoryRow<kThreads>{floats_at(memory.row), nullptr, rule.cols}, all, rule,
+                          memory.list, rank);
 }
 
 /// A block's own channels of the row of `in`. The blocks share in writing the row down where the input wants

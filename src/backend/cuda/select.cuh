@@ -174,23 +174,26 @@ __device__ __noinline__ Cut find_cut(Row row, int keep, int low, int shift) {
     low = bin.base, shift = max(shift - kBinBits<kThreads>, 0);
   }
 }
-/// The same with a guess: a key near the cut, or 0. It decides how many passes are made, not what is found.
-/// Bins are clear.
+/// The same without a guess: among halves of an octave, all there are.
 template <int kThreads, class Row>
-__device__ Cut find_cut(const Row& row, int keep, int guess) {
-  // With 512 threads a quarter of an octave to each side; without a guess halves of an octave, all there are.
-  constexpr int kNear = 13, kAll = 31 - kBinBits<kThreads>;
-  if (guess <= 0) return find_cut<kThreads>(row, keep, 0, kAll);
-  const Bin bin = bin_of_cut<kThreads>(row, keep, max(guess - (kThreads << kNear) / 2, 1), kNear);
-  if (bin.held == 0) return find_cut<kThreads>(row, keep, 0, kAll);
+__device__ Cut find_cut(const Row& row, int keep) {
+  return find_cut<kThreads>(row, keep, 0, 31 - kBinBits<kThreads>);
+}
+/// The same from a guess, a key near the cut: it decides how many passes are made, not what is found. The
+/// first one is made over `first`, the same row. Bins are clear.
+template <int kThreads, class Row, class First>
+__device__ Cut find_cut_near(const Row& row, const First& first, int keep, int guess) {
+  constexpr int kNear = 13;  // with 512 threads a quarter of an octave to each side
+  const Bin bin = bin_of_cut<kThreads>(first, keep, max(guess - (kThreads << kNear) / 2, 1), kNear);
+  if (bin.held == 0) return find_cut<kThreads>(row, keep);
   if (bin.rank == bin.held) return {bin.base - 1, 0};
   if (bin.held <= kWarp) return ranked_cut<kThreads>(row, bin, kNear);
   return find_cut<kThreads>(row, keep, bin.base, kNear - kBinBits<kThreads>);
 }
 
-/// What a rule keeps of a row. Bins are clear.
+/// What a rule keeps of a row.
 template <int kThreads, class Row>
-__device__ Cut cut_of(const Row& row, const Rule& rule, int guess) {
+__device__ Cut cut_of(const Row& row, const Rule& rule) {
   if (rule.select == Selects::all || (rule.select == Selects::topk && rule.keep == rule.cols))
     return {0, kAllTies};
   if (rule.select == Selects::threshold) {       // keys are the bits of non-negative floats: so is the cut
@@ -198,7 +201,11 @@ __device__ Cut cut_of(const Row& row, const Rule& rule, int guess) {
     return {rule.cut == 0 ? 0 : __float_as_int(rule.cut), 0};
   }
   if (rule.keep == 0) return {kNanKey, 0};
-  return find_cut<kThreads>(row, rule.keep, guess);
+  return find_cut<kThreads>(row, rule.keep);
+}
+/// True when that has to be searched for.
+__device__ inline bool searched(const Rule& rule) {
+  return rule.select == Selects::topk && 0 < rule.keep && rule.keep < rule.cols;
 }
 
 /// Entries that a rule keeps of a row, zeros too; for every thread.
@@ -339,6 +346,33 @@ struct MemoryRow {
   __device__ void each_four(const Own& own, const Body& body) const {
     in_fours<kThreads>(
         cols, own, kNoKey, [&](int e) { return score_key(x[e], scale, e); }, body);
+  }
+};
+
+/// A row whose keys are made, and stored, by the one pass over it. They take the place of its score weights.
+template <int kThreads>
+struct KeyingRow {
+  const float* x;
+  float* scale;  // shared memory, where keys go in any case
+  bool scaled;
+  int cols;
+
+  template <class Body>
+  __device__ void each_four(const Own& own, const Body& body) const {
+    int* const keys = reinterpret_cast<int*>(scale);
+    const auto use = [&](int first, const int(&key)[4], unsigned there) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (there >> i & 1) keys[own.entry(first + i * kWarp)] = key[i];
+      body(first, key, there);
+    };
+    if (scaled) {
+      in_fours<kThreads>(
+          cols, own, kNoKey, [&](int e) { return score_key(x[e], scale, e); }, use);
+    } else {
+      in_fours<kThreads>(
+          cols, own, kNoKey, [&](int e) { return score_key(x[e], nullptr, e); }, use);
+    }
   }
 };
 

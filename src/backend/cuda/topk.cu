@@ -9,8 +9,7 @@ namespace {
 constexpr int kThreads = 1024;
 
 template <class Row>
-__device__ void select_row(const Row& row, const Rule& rule, float* masked, int32_t* kept) {
-  const Cut cut = cut_of<kThreads>(row, rule, 0);
+__device__ void select_row(const Row& row, const Cut& cut, const Rule& rule, float* masked, int32_t* kept) {
   const int count = count_kept<kThreads>(row, rule, cut);
   compact<kThreads>(
       row, cut, Own(), [&](int, int e) { masked[e] = row.value(e); }, [&](int e) { masked[e] = 0; });
@@ -23,17 +22,18 @@ __global__ void __launch_bounds__(kThreads)
   const float* const x = in.x + blockIdx.x * stride;
   float* const to = masked + blockIdx.x * static_cast<int64_t>(in.cols);
   float *const values = floats_at(0), *const scale = floats_at(padded_bytes(in.cols, 4));
+  const Rule rule = rule_of(in);
   if (held && in.scale) fetch_row<kThreads>(in.scale, in.cols, scale);
-  clear_bins<kThreads>();
   wait_for_inputs();
   if (held) {
     fetch_row<kThreads>(x, in.cols, values);
     wait_for_row();
-    const int* const keys = make_keys<kThreads>(values, scale, in.scale != nullptr, in.cols);
-    select_row(KeyedRow<kThreads>{values, keys, in.cols}, rule_of(in), to, kept + blockIdx.x);
+    const KeyedRow<kThreads> row{values, reinterpret_cast<const int*>(scale), in.cols};
+    const Cut cut = keyed_cut<kThreads>({values, scale, in.scale != nullptr, in.cols}, row, rule, 0);
+    select_row(row, cut, rule, to, kept + blockIdx.x);
   } else {
-    __syncthreads();
-    select_row(MemoryRow<kThreads>{x, in.scale, in.cols}, rule_of(in), to, kept + blockIdx.x);
+    const MemoryRow<kThreads> row{x, in.scale, in.cols};
+    select_row(row, cut_of<kThreads>(row, rule), rule, to, kept + blockIdx.x);
   }
 }
 
