@@ -54,9 +54,10 @@ constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::all}};
 constexpr OneDnnIsa kOneDnnIsas[] = {{0, "generic"}};
 #endif
 
-/// AMD's family 1Ah.
+/// AMD's family 1Ah, its AVX-512 not hidden from us.
 bool on_zen5() {
 #if HWY_ARCH_X86
+  if ((hwy::SupportedTargets() & HWY_AVX3_DL) == 0) return false;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return false;
   const bool amd = ebx == signature_AMD_ebx && ecx == signature_AMD_ecx && edx == signature_AMD_edx;
