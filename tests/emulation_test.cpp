@@ -104,6 +104,8 @@ TEST_F(Emulation, SparseEqualsDenseOfMaskedRow) {
     const Rows x = hard_rows(n, random_);
     std::vector<float> scale(static_cast<size_t>(n));
     for (float& s : scale) s = std::fabs(random_.normal());
+    std::vector<float> zeros = scale;  // of either sign, so that what is kept is among equals
+    for (size_t i = 0; i < zeros.size(); ++i) zeros[i] = i % 3 == 0 ? zeros[i] : i % 2 ? -0.0f : 0.0f;
     const StoredWeight stored(n % 2 ? DType::int8 : DType::bf16, Layout::channels, n, 136, false, random_);
     const PlacedWeight w(stored.weight, true);
     const auto product = [&](const cuda::Input& in) {
@@ -133,21 +135,28 @@ TEST_F(Emulation, SparseEqualsDenseOfMaskedRow) {
             EXPECT_EQ(bits_differ(sparse.mat, product(row_of(row.mat)).mat), 0);
           }
         }
-        const Rows alone(1, n);
         in.guess = nullptr;
-        cuda::select(device.stream, row.mat, in, alone.mat.data, &count);
-        EXPECT_EQ(count, ref_->count(*kept));
-        EXPECT_EQ(bits_differ(alone.mat, truth.mat), 0);
+        for (const int shared : {device.stream.shared_bytes, 0}) {  // the row in a block's memory, or not
+          cuda::Stream stream = device.stream;
+          stream.shared_bytes = shared;
+          const Rows alone(1, n);
+          cuda::select(stream, row.mat, in, alone.mat.data, &count);
+          EXPECT_EQ(count, ref_->count(*kept));
+          EXPECT_EQ(bits_differ(alone.mat, truth.mat), 0);
+        }
       };
-      for (const bool scaled : {false, true}) {
+      const float* const score_weights[] = {nullptr, scale.data(), zeros.data()};
+      for (const float* const weights : score_weights) {
         for (const int64_t keep : keeps(n)) {
-          if (scaled && keep != n / 2) continue;
+          if (weights && keep != n / 2) continue;
           SCOPED_TRACE(std::to_string(n) + " row " + std::to_string(t) + " keep " + std::to_string(keep) +
-                       (scaled ? " scaled" : ""));
+                       (weights == zeros.data() ? " zeros"
+                        : weights               ? " scaled"
+                                                : ""));
           cuda::Input in;
           in.select = cuda::Selects::topk;
           in.keep = static_cast<int>(keep);
-          in.scale = scaled ? scale.data() : nullptr;
+          in.scale = weights;
           ref_->topk(row.mat, in.scale, keep, *kept);
           check(in, 2);
         }

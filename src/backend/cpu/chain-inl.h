@@ -25,8 +25,8 @@ namespace HWY_NAMESPACE {
 /// channels side by side are slower than 8.
 struct ReadMany {
   static constexpr int64_t kChannels = 8;    // side by side
-  static constexpr int64_t kAhead = 8;       // channels from those in work to those that are fetched
-  static constexpr int64_t kAgain = 0;       // … and to those that are fetched once more
+  static constexpr int64_t kAhead = 8;       // of quantised lines: channels from those in work to the fetched
+  static constexpr int64_t kAgain = 0;       // … and to those that are fetched once more; others: kChannels
   static constexpr bool kInOrder = false;    // channels that follow one another: one stream of lines
   static constexpr int kLevel = 2;           // of __builtin_prefetch: 2 second-level cache, 3 first
   static constexpr int64_t kOutputs = 4096;  // per pass; accumulators of 16 KiB

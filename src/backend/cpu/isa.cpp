@@ -35,7 +35,7 @@ constexpr Isa kIsas[] = {{"neon", HWY_NEON, dnnl::cpu_isa::all}};
 // Arm's sets have numbers of x86's in oneDNN 2.6, and no names in its interface.
 constexpr OneDnnIsa kOneDnnIsas[] = {{0x1, "asimd"}, {0x3, "sve_128"}, {0x7, "sve_256"}, {0x1f, "sve_512"}};
 #elif HWY_ARCH_X86
-// avx512 and avx512vnni stand for all that the machine has for oneDNN: it then uses bf16 and AMX.
+// avx512, avx512vnni and zen5 stand for all that the machine has for oneDNN: it then uses bf16 and AMX.
 constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::sse41},
                          {"avx2", HWY_AVX2, dnnl::cpu_isa::avx2},
                          {"avx512", HWY_AVX3, dnnl::cpu_isa::all},

@@ -317,7 +317,9 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
     if (t != group) fetch_weights<kThreads>(a.in, memory);
     const Channels channels = prepare_row<kThreads>(a.in, memory, rank);
     start_next();  // not before: what it does there would hold the row up
-    // Two places in turn: a block may be in the next tile while another still reads of this one.
+    // Two places in turn: a block may be in the next tile while another still reads of this one. Not in the
+    // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
+    // columns, 128 of a pair) is longer than what padding leaves out (127).
     const int round = t / groups;
     const uint32_t stamp = a.stamp + static_cast<uint32_t>(round);
     uint64_t* const sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);

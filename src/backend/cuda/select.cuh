@@ -14,11 +14,10 @@ namespace larosa::cuda {
 /// Keys order like scores and are not negative; entries that are not there have kNoKey.
 inline constexpr int kNanKey = 0x7fffffff, kNoKey = -1;
 
-/// The score |x|·scale as ordered bits; a NaN is the largest.
+/// The score |x · scale| as ordered bits; a NaN is the largest.
 __device__ inline int score_key(float x, const float* scale, int i) {
-  float s = fabsf(x);
-  if (scale) s = __fmul_rn(s, scale[i]);
-  return isnan(s) ? kNanKey : __float_as_int(s);
+  const float s = scale ? __fmul_rn(x, scale[i]) : x;
+  return isnan(s) ? kNanKey : __float_as_int(fabsf(s));
 }
 
 /// Entries with a key above `key` are kept, and the first `ties` of those that have it.
@@ -75,7 +74,7 @@ __device__ inline Rule rule_of(const Input& in) {
   return {in.select, in.cols, in.keep, in.cut, in.guess, in.masked, in.kept};
 }
 
-/// Before a barrier, and before find_cut.
+/// Before a barrier, and before find_cut_near.
 template <int kThreads>
 __device__ void clear_bins() {
   auto& s = select_scratch<kThreads>();
@@ -86,6 +85,7 @@ __device__ void clear_bins() {
 /// A pass has a bin for each thread: it finds so many bits of the cut.
 template <int kThreads>
 inline constexpr int kBinBits = kThreads == 1024 ? 10 : 9;
+static_assert(1 << kBinBits<512> == 512 && 1 << kBinBits<1024> == 1024);
 
 /// The bin that a cut is in, of `1 << shift` keys from `base` on: entries that it holds, and how many of them
 /// are kept; held 0: the cut is in no bin.
@@ -174,7 +174,7 @@ __device__ __noinline__ Cut find_cut(Row row, int keep, int low, int shift) {
     low = bin.base, shift = max(shift - kBinBits<kThreads>, 0);
   }
 }
-/// The same without a guess: among halves of an octave, all there are.
+/// The same without a guess: among all halves of octaves, with 1024 threads quarters.
 template <int kThreads, class Row>
 __device__ Cut find_cut(const Row& row, int keep) {
   return find_cut<kThreads>(row, keep, 0, 31 - kBinBits<kThreads>);

@@ -10,9 +10,9 @@ constexpr int kThreads = 1024;
 
 template <class Row>
 __device__ void select_row(const Row& row, const Cut& cut, const Rule& rule, float* masked, int32_t* kept) {
-  const int count = count_kept<kThreads>(row, rule, cut);
   compact<kThreads>(
       row, cut, Own(), [&](int, int e) { masked[e] = row.value(e); }, [&](int e) { masked[e] = 0; });
+  const int count = count_kept<kThreads>(row, rule, cut);
   if (threadIdx.x == 0) *kept = count;
 }
 
