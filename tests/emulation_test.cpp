@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "backend/cuda/kernels.h"
@@ -218,6 +219,27 @@ TEST_F(Emulation, RowsThatAreTooLongAreRefused) {
       EXPECT_THROW(run(), Error);
     } else {
       EXPECT_NO_THROW(run());
+    }
+  }
+}
+
+/// One group of blocks with one tile, or several one behind the other, some launches long: sums of another
+/// tile or of another launch are never taken for these.
+TEST_F(Emulation, SumsOfOtherTilesAndLaunchesDoNotCount) {
+  constexpr int64_t kIn = 12;
+  Device device(4);
+  for (const auto& [dtype, out] : {std::pair(DType::f32, 2000), std::pair(DType::f32, 8000),
+                                   std::pair(DType::int4, 4000), std::pair(DType::int4, 16000)}) {
+    const StoredWeight stored(dtype, Layout::channels, kIn, out, false, random_);
+    const PlacedWeight w(stored.weight, true);
+    for (int launch = 0; launch < 4; ++launch) {
+      const Rows x = Rows(1, kIn).fill(random_), y(1, out), truth(1, out);
+      device.gemv(row_of(x.mat), {{w.weight, y.mat, false}});
+      const Product product{stored.weight, truth.mat, false};
+      ref_->matmul(x.mat, std::span(&product, 1));
+      for (int64_t j = 0; j < out; ++j)
+        ASSERT_NEAR(y.at(0, j), truth.at(0, j), 1e-4)
+            << dtype_name(dtype) << " " << out << " " << launch << " " << j;
     }
   }
 }

@@ -148,15 +148,22 @@ void run(int blocks, int threads, int64_t shared, const std::function<void()>& k
   }
   std::vector<size_t> warps(thread.size() / kWarp);
   for (size_t w = 0; w < warps.size(); ++w) warps[w] = w;
-  for (size_t left = thread.size(); left > 0;) {
+  // A block rests for some turns now and then, so that others get far ahead of it.
+  constexpr unsigned kRest = 40;
+  const Block* resting = nullptr;
+  unsigned turn = 0;
+  for (size_t left = thread.size(); left > 0; ++turn) {
+    if (turn % kRest == 0) resting = random() % 2 == 0 ? &block[random() % block.size()] : nullptr;
     std::shuffle(warps.begin(), warps.end(), random);
     bool moved = false;
     for (const size_t w : warps) {
+      if (thread[w * kWarp].block == resting) continue;
       for (unsigned ahead = random() % 4 == 0 ? 8 : 1; ahead > 0 && advance(&thread[w * kWarp], left);
            --ahead)
         moved = true;
     }
-    if (!moved) give_up("blocks or threads wait for each other");
+    if (!moved && !resting) give_up("blocks or threads wait for each other");
+    if (!moved) resting = nullptr;
   }
   for (const Block& b : block) {
     const char* const end = reinterpret_cast<const char*>(b.memory.data()) + shared;
