@@ -55,23 +55,10 @@ __device__ float stored(const void* elements, const float* scales, int64_t place
   }
 }
 
-/// Elements as they are stored: levels without their scale.
+/// Elements as they are stored, read at once: levels without their scale.
 template <class T, int kVector>
-__device__ void load_vector(const T* from, float (&to)[kVector]) {
-  if constexpr (kVector == 4 && sizeof(T) == 1) {
-    const char4 raw = *reinterpret_cast<const char4*>(from);
-    to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
-  } else if constexpr (kVector == 4 && sizeof(T) == 2) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(from);
-    const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&raw.x));
-    const float2 b = __half22float2(*reinterpret_cast<const __half2*>(&raw.y));
-    to[0] = a.x, to[1] = a.y, to[2] = b.x, to[3] = b.y;
-  } else if constexpr (kVector == 4) {
-    const float4 raw = *reinterpret_cast<const float4*>(from);
-    to[0] = raw.x, to[1] = raw.y, to[2] = raw.z, to[3] = raw.w;
-  } else {
-    to[0] = widen(*from);
-  }
-}
+struct alignas(sizeof(T) * kVector) Piece {
+  T element[kVector];
+};
 
 }  // namespace larosa::cuda

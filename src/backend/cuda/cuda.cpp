@@ -187,11 +187,7 @@ class CudaBackend final : public Backend {
               Mat out) override {
     const CudaKvCache& kv = static_cast<CudaKvCache&>(cache);
     CHECK(pos >= 0 && pos + q.rows <= kv.shape.capacity && layer >= 0 && layer < kv.shape.layers);
-    if (q.rows == 1) {
-      const int64_t heads = q.cols / kv.shape.head_dim;
-      void* const partial = partial_.at_least(4 * attend_partial(stream_, heads, kv.shape));
-      return row_.attend(q, k, v, kv.layer(layer), pos, window, out, static_cast<float*>(partial));
-    }
+    if (q.rows == 1) return row_.attend(q, k, v, kv.layer(layer), pos, window, out);
     flush();
     cuda::attend(stream_, q, k, v, kv.layer(layer), pos, window, out);
   }
@@ -257,7 +253,6 @@ class CudaBackend final : public Backend {
   Matmul matmul_;
   OneRow row_;
   Buffer tokens_, cosine_, sine_;
-  Buffer partial_;  // attention's
   Angles angles_;
   int64_t angles_pos_ = -1, angles_rows_ = 0, angles_half_ = 0;
   const float* inv_freq_ = nullptr;

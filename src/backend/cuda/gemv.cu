@@ -4,6 +4,7 @@
 // send them to each other.
 #include <algorithm>
 
+#include "backend/cuda/deal.cuh"
 #include "backend/cuda/gemv_types.cuh"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/row.cuh"
@@ -20,9 +21,6 @@ constexpr int kThreads = 512;
 // half of a multiprocessor's shared memory.
 constexpr int64_t kLeastShared = 116 << 10;
 
-/// How a weight's channels are read: a struct of gemv_types.cuh each.
-enum class Format { f32, f16, bf16, int8, int4, loose_f32, loose_f16, loose_bf16 };
-
 struct Lines {
   const char* data;
   int64_t line;  // bytes of a channel
@@ -34,7 +32,7 @@ struct Part {
   Lines lines;
   const float* bias;
   float* y;
-  int out, first;  // first: granule where it begins
+  int out, first;  // first: output of the launch where it begins
   bool accumulate;
 };
 
@@ -47,43 +45,33 @@ struct SkipArgs {
 struct Args {
   Part part[kMostProducts];
   int parts;
-  Format format;                 // of every part
-  int granule, granules, tiles;  // outputs of a granule; granules in all; tiles they are shared out to
-  bool paired;                   // a tile has the same outputs of both parts
-  bool held;                     // a block's memory holds the row
+  Format format;  // of every part
+  Deal deal;
+  bool paired;  // a tile has the same outputs of both parts
+  bool held;    // a block's memory holds the row
   int skips;
   SkipArgs skip[kMostSkips];
+  Deal skip_deal;  // of the skips' outputs, to the groups behind
   Glu glu;
   Input in;
-  uint64_t* sent;
-  uint32_t stamp;  // of the first round of tiles
+  uint64_t *sent, *skip_sent;
+  uint32_t stamp;  // of the first round of tiles, and of the skips'
   Link link;
 };
 
-/// The outputs of a tile stand side by side: of a run of the parts, or the same outputs of two parts.
-struct Tile {
-  int first;    // granule
-  int half;     // outputs of a run, or of each of the two
-  int columns;  // in all
-};
-__device__ Tile tile_at(const Args& a, int tile) {
-  const int first = tile * a.granules / a.tiles, end = (tile + 1) * a.granules / a.tiles;
-  const int half = (end - first) * a.granule;
-  return {first, half, a.paired ? 2 * half : half};
-}
 struct Place {
   int part, output;
 };
 __device__ Place place_of(const Args& a, const Tile& tile, int column) {
   if (a.paired) {
     const int part = column >= tile.half;
-    return {part, tile.first * a.granule + column - part * tile.half};
+    return {part, tile.first + column - part * tile.half};
   }
-  const int output = tile.first * a.granule + column;
+  const int output = tile.first + column;
   int p = 0;
 #pragma unroll 1
-  while (p + 1 < a.parts && output >= a.part[p + 1].first * a.granule) ++p;
-  return {p, output - a.part[p].first * a.granule};
+  while (p + 1 < a.parts && output >= a.part[p + 1].first) ++p;
+  return {p, output - a.part[p].first};
 }
 
 /// What a thread reads: the vector of outputs from `column` of the tile on, of every `step`-th of the block's
@@ -200,17 +188,6 @@ __device__ void add_format(Format format, const Channels& channels, int rank, co
   }
 }
 
-/// Outputs of a vector, and of the fewest whole vectors that hold a run of outputs.
-__host__ __device__ constexpr int lane_of(Format f) {
-  return f == Format::int4                            ? Nibbles::kLane
-         : f == Format::int8                          ? Bytes::kLane
-         : f == Format::f32 || f == Format::loose_f32 ? Plain<float>::kLane
-                                                      : Plain<__half>::kLane;
-}
-__host__ __device__ constexpr int granule_of(Format f) {
-  return f == Format::int4 ? Nibbles::kGranule : lane_of(f);
-}
-
 /// This block's share of the channels of a tile: take(column, sum). `at`: offset of the row and, once it has
 /// been read, of the threads' sums.
 template <class Take>
@@ -219,8 +196,7 @@ __device__ void add_product(const Args& a, const Tile& tile, int rank, const Cha
   const Format format = skip ? skip->format : a.format;
   const int lane = lane_of(format);
   const Share share = share_of(tile, lane);
-  const Place place =
-      skip ? Place{0, tile.first * a.granule + share.column} : place_of(a, tile, share.column);
+  const Place place = skip ? Place{0, tile.first + share.column} : place_of(a, tile, share.column);
   add_format(format, channels, rank, share, skip ? *skip : a.part[place.part].lines, place.output, at);
   const auto* const sums = reinterpret_cast<const float*>(block_memory() + at);
   const int vectors = tile.columns / lane, pitch = sums_pitch(lane);
@@ -235,35 +211,35 @@ __device__ void add_product(const Args& a, const Tile& tile, int rank, const Cha
   __syncthreads();
 }
 
-/// Adds a skip's share to total[column].
-__device__ void add_skip(const Args& a, const Tile& tile, int rank, const SkipArgs& skip, int at,
-                         float* total) {
-  fetch_row<kThreads>(skip.x, skip.cols, reinterpret_cast<float*>(block_memory() + at));
-  wait_for_row();
-  const Channels all{true, 0, at + rank * 4, Own{rank, kGroup}.count(skip.cols)};
-  add_product(a, tile, rank, all, &skip.lines, at,
-              [&](int column, float sum) { total[column] = __fadd_rn(total[column], sum); });
-}
-
-/// The group's sums of a column, added in the order of the blocks, once they have come. A group's blocks are
-/// in time: a grid has no more of them than there are multiprocessors, and the next kernel's start when all
-/// of these have. Blocks of another engine on the device can hold theirs back for a while, no more than three
-/// a launch.
-__device__ float receive_sum(const uint64_t* sent, int columns, uint32_t stamp) {
+/// The sums of an output by a group's blocks, `pitch` apart, added in their order once they have come. They
+/// are in time: a grid has no more blocks than there are multiprocessors, and the next kernel's start when
+/// all of these have. Blocks of another engine on the device can hold theirs back for a while, no more than
+/// three a launch.
+__device__ float receive_sum(const uint64_t* sent, int pitch, uint32_t stamp) {
   float part[kGroup];
   bool there;
   do {
     there = true;
 #pragma unroll
-    for (int r = 0; r < kGroup; ++r) there &= receive(sent + r * columns, stamp, part[r]);
+    for (int r = 0; r < kGroup; ++r) there &= receive(sent + r * pitch, stamp, part[r]);
   } while (!there);
   float sum = part[0];
 #pragma unroll
   for (int r = 1; r < kGroup; ++r) sum = __fadd_rn(sum, part[r]);
   return sum;
 }
+/// What the skips' blocks have of an output of the product; they mostly are there first.
+__device__ float receive_skips(const Args& a, int output) {
+  const int pitch = a.skip_deal.outputs();
+  float sum = 0;
+#pragma unroll 1
+  for (int i = 0; i < a.skips; ++i)
+    sum = __fadd_rn(sum, receive_sum(a.skip_sent + i * kGroup * pitch + output, pitch, a.stamp));
+  return sum;
+}
 
-/// The blocks' sums (group, tile.columns) to this block's outputs: sum, bias and y before, in this order.
+/// The blocks' sums (group, tile.columns) to this block's outputs: sum, skips, bias and y before, in this
+/// order.
 __device__ void finish(const Args& a, const Tile& tile, int rank, const uint64_t* sent, uint32_t stamp) {
   const int length = (tile.half + kGroup - 1) / kGroup, first = rank * length;
   const auto output_of = [&](int column) {
@@ -273,7 +249,9 @@ __device__ void finish(const Args& a, const Tile& tile, int rank, const uint64_t
     float* const y = part.y + place.output;
     const float bias = part.bias ? __ldg(part.bias + place.output) : 0,
                 before = part.accumulate ? __ldcg(y) : 0;
+    const float skipped = a.skips > 0 ? receive_skips(a, place.output) : 0;
     float sum = receive_sum(sent + column, tile.columns, stamp);
+    if (a.skips > 0) sum = __fadd_rn(sum, skipped);
     if (part.bias) sum = __fadd_rn(sum, bias);
     if (part.accumulate) sum = __fadd_rn(sum, before);
     *y = sum;
@@ -284,50 +262,59 @@ __device__ void finish(const Args& a, const Tile& tile, int rank, const uint64_t
     const float value = output_of(p);
     if (!a.paired) continue;
     const float second = output_of(tile.half + p);
-    const int output = tile.first * a.granule + p;
+    const int output = tile.first + p;
     if (output < a.part[0].out) a.glu.mid[output] = gated(value, second, a.glu.activation);
   }
 }
 
 __host__ __device__ inline int widest_tile(const Args& a) {
-  return (a.granules + a.tiles - 1) / a.tiles * a.granule * (a.paired ? 2 : 1);
-}
-/// Bytes of what the skips add to the widest tile.
-__host__ __device__ inline int skipped_bytes(const Args& a) {
-  return a.skips > 0 ? padded_bytes(widest_tile(a), 4) : 0;
+  return a.deal.widest() * (a.paired ? 2 : 1);
 }
 
+/// A block of a product, or of the skips: these need no selection, so they read while those still look for
+/// their channels.
 __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ Args a) {
-  const int block = static_cast<int>(blockIdx.x), rank = block % kGroup, group = block / kGroup;
-  const int groups = static_cast<int>(gridDim.x) / kGroup;
-  float* const skipped = floats_at(0);
-  const RowMemory memory = row_memory(a.in, skipped_bytes(a), a.held);
-  const int sums = sums_at(memory);
-  fetch_weights<kThreads>(a.in, memory);
+  const int block = static_cast<int>(blockIdx.x), rank = block % kGroup;
+  const bool product = block < a.deal.groups * kGroup;
+  const Deal& deal = product ? a.deal : a.skip_deal;
+  const int group = block / kGroup - (product ? 0 : a.deal.groups);
+  const RowMemory memory = row_memory(a.in, 0, a.held);
+  const int at = product ? sums_at(memory) : 0;
+  if (product) fetch_weights<kThreads>(a.in, memory);
   wait_for_inputs(a.link);
 #pragma unroll 1
-  for (int t = group; t < a.tiles; t += groups) {
-    const Tile tile = tile_at(a, t);
-    if (a.skips > 0)
-      for (int j = static_cast<int>(threadIdx.x); j < tile.columns; j += kThreads) skipped[j] = 0;
-#pragma unroll 1
-    for (int i = 0; i < a.skips; ++i) add_skip(a, tile, rank, a.skip[i], sums, skipped);
-    // Sums take the row's place and keys that of their weights, so that every further tile makes it all
-    // again.
-    if (t != group) fetch_weights<kThreads>(a.in, memory);
-    const Channels channels = prepare_row<kThreads>(a.in, memory, rank);
+  for (int t = group; t < deal.tiles * (product ? 1 : a.skips); t += deal.groups) {
+    const Tile tile = tile_at(deal, t % deal.tiles, product && a.paired);
+    Channels channels;
+    const Lines* lines = nullptr;
+    uint64_t* sent;
+    int pitch;
+    uint32_t stamp = a.stamp;
+    if (product) {
+      // Sums take the row's place and keys that of their weights, so that every further tile makes it all
+      // again.
+      if (t != group) fetch_weights<kThreads>(a.in, memory);
+      channels = prepare_row<kThreads>(a.in, memory, rank, deal.groups * kGroup);
+      // Two places in turn: a block may be in the next tile while another still reads of this one. Not in the
+      // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
+      // columns, 128 of a pair) is longer than what padding leaves out (127).
+      const int round = t / deal.groups;
+      stamp += static_cast<uint32_t>(round);
+      pitch = tile.columns;
+      sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);
+    } else {
+      const SkipArgs& skip = a.skip[t / deal.tiles];
+      fetch_row<kThreads>(skip.x, skip.cols, floats_at(at));
+      wait_for_row();
+      channels = {true, 0, at + rank * 4, Own{rank, kGroup}.count(skip.cols)};
+      lines = &skip.lines;
+      pitch = deal.outputs();
+      sent = a.skip_sent + t / deal.tiles * kGroup * pitch + tile.first;
+    }
     start_next();  // not before: what it does there would hold the row up
-    // Two places in turn: a block may be in the next tile while another still reads of this one. Not in the
-    // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
-    // columns, 128 of a pair) is longer than what padding leaves out (127).
-    const int round = t / groups;
-    const uint32_t stamp = a.stamp + static_cast<uint32_t>(round);
-    uint64_t* const sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);
-    add_product(a, tile, rank, channels, nullptr, sums, [&](int column, float sum) {
-      if (a.skips > 0) sum = __fadd_rn(skipped[column], sum);
-      send(sent + rank * tile.columns + column, sum, stamp);
-    });
-    finish(a, tile, rank, sent, stamp);
+    add_product(a, tile, rank, channels, lines, at,
+                [&](int column, float sum) { send(sent + rank * pitch + column, sum, stamp); });
+    if (product) finish(a, tile, rank, sent, stamp);
   }
   signal(a.link);
 }
@@ -351,22 +338,22 @@ Lines lines_of(const Weight& w) {
 int64_t sums_bytes(Format f) {
   return int64_t{kThreads} * sums_pitch(lane_of(f)) * 4;
 }
-constexpr int kMostColumns = 4096;  // of a tile
-
-/// A block's memory where skips have sums of `turned` bytes; row: what a row that they read takes.
-int64_t shared_bytes(const Input& in, bool held, int64_t turned, int64_t sums, int64_t row) {
-  const RowMemory m = row_memory(in, static_cast<int>(turned), held);
-  return std::max<int64_t>(m.end, sums_at(m) + std::max(sums, row));
+/// A block's memory for a product.
+int64_t shared_bytes(const Input& in, bool held, Format format) {
+  const RowMemory m = row_memory(in, 0, held);
+  return std::max<int64_t>(m.end, sums_at(m) + sums_bytes(format));
+}
+/// And for a skip.
+int64_t skip_shared_bytes(const Weight& skip) {
+  return std::max(sums_bytes(format_of(skip)), skip.in * 4);
 }
 
-/// How the outputs are shared out: evenly to groups of blocks, in as many rounds as it takes for every thread
-/// to have a vector of `lane`.
-void share_out(const Stream& s, Args& a, int lane) {
-  const int groups = s.multiprocessors / kGroup;
-  for (a.tiles = std::min(groups, a.granules);; a.tiles += groups) {
-    const int widest = widest_tile(a);
-    if (a.tiles >= a.granules || (widest <= kThreads * lane && widest <= kMostColumns)) return;
-  }
+/// Bytes of a weight that a row reads, as far as the host knows.
+double bytes_read(const Weight& w, const Input& in) {
+  const double kept = in.select == Selects::topk        ? in.keep
+                      : in.select == Selects::threshold ? 0.5 * in.cols
+                                                        : in.cols;
+  return kept * static_cast<double>(w.line_bytes());
 }
 
 }  // namespace
@@ -376,60 +363,73 @@ bool gemv_together(const Weight& a, const Weight& b) {
 }
 
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w) {
-  return in.cols <= gemv_longest(s) &&
-         shared_bytes(in, true, kMostColumns * 4, sums_bytes(format_of(w)), 0) <= s.shared_bytes;
+  return in.cols <= gemv_longest(s) && shared_bytes(in, true, format_of(w)) <= s.shared_bytes;
 }
 
 int64_t gemv_longest(const Stream& s) {
-  return (s.shared_bytes - kMostColumns * 4) / 8 * kGroup - kGroup * kWarp;
+  return s.shared_bytes / 8 * kGroup - kGroup * kWarp;
 }
 
-bool gemv_skips(const Stream& s, const Input& in, const Weight& w, const Weight& skip) {
+bool gemv_skips(const Stream& s, const Weight& w, const Weight& skip) {
   if (w.layout != Layout::channels || skip.layout != Layout::channels || w.out != skip.out ||
       !aligned(format_of(w)) || !aligned(format_of(skip)))
     return false;
-  const int64_t sums = std::max(sums_bytes(format_of(w)), sums_bytes(format_of(skip)));
-  return shared_bytes(in, true, kMostColumns * 4, sums, skip.in * 4) <= s.shared_bytes;
+  return s.multiprocessors >= 2 * kGroup && kMostSkips * kGroup * skip.out <= kMostSent / 4 &&
+         skip_shared_bytes(skip) <= s.shared_bytes;
 }
 
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
-          const Glu& glu, const Scratch& scratch, Chain& chain) {
+          const Glu& glu, uint64_t* sent, Chain& chain) {
   CHECK(!products.empty() && products.size() <= kMostProducts && skips.size() <= kMostSkips);
   Args a{};
   a.in = in;
   a.glu = glu;
-  a.sent = scratch.sent;
   a.format = format_of(products[0].weight);
-  a.granule = granule_of(a.format);
   a.paired = glu.mid != nullptr;
   a.held = gemv_fuses(s, in, products[0].weight);
   if (!a.held && in.cols > gemv_longest(s))
     fail("cuda: a row of ", in.cols, " entries is too long, expected at most ", gemv_longest(s));
-  int64_t sums = sums_bytes(a.format), row = 0;
-  int lane = lane_of(a.format);
+  int64_t shared = shared_bytes(in, a.held, a.format);
+  double bytes = 0, skip_bytes = 0;
+  a.deal.granule = granule_of(a.format);
+  for (const Product& p : products) {
+    a.part[a.parts++] = {lines_of(p.weight), p.weight.bias, p.y.data, static_cast<int>(p.weight.out),
+                         a.deal.outputs(),   p.accumulate};
+    a.deal.granules += (a.part[a.parts - 1].lines.padded + a.deal.granule - 1) / a.deal.granule;
+    bytes += bytes_read(p.weight, in);
+  }
+  if (a.paired) a.deal.granules /= 2;
+  int lane = 1 << 30;
   for (const Skip& skip : skips) {
     const SkipArgs& args =
         a.skip[a.skips++] = {skip.x, lines_of(skip.weight), static_cast<int>(skip.weight.in)};
-    a.granule = std::max(a.granule, granule_of(args.lines.format));
-    sums = std::max(sums, sums_bytes(args.lines.format));
-    row = std::max(row, skip.weight.in * 4);
+    a.skip_deal.granule = std::max(a.skip_deal.granule, granule_of(args.lines.format));
     lane = std::min(lane, lane_of(args.lines.format));
+    skip_bytes += static_cast<double>(skip.weight.line_bytes() * skip.weight.in);
+    shared = std::max(shared, skip_shared_bytes(skip.weight));
   }
-  for (const Product& p : products) {
-    a.part[a.parts++] = {lines_of(p.weight), p.weight.bias, p.y.data, static_cast<int>(p.weight.out),
-                         a.granules,         p.accumulate};
-    a.granules += (a.part[a.parts - 1].lines.padded + a.granule - 1) / a.granule;
+  const int groups = s.multiprocessors / kGroup;
+  a.deal.groups = groups;
+  if (a.skips > 0) {
+    const int granule = a.skip_deal.granule;
+    a.skip_deal.granules = (static_cast<int>(skips[0].weight.out) + granule - 1) / granule;
+    a.skip_deal.groups =
+        std::min(skip_groups(groups, a.deal, bytes, a.skip_deal, skip_bytes), a.skip_deal.granules);
+    deal_out(a.skip_deal, kThreads, lane, false);
+    a.deal.groups -= a.skip_deal.groups;
   }
-  if (a.paired) a.granules /= 2;
-  share_out(s, a, lane);
-  const int64_t shared = shared_bytes(in, a.held, skipped_bytes(a), sums, row);
-  const int groups = std::min(a.tiles, s.multiprocessors / kGroup);
-  CHECK(int64_t{2} * groups * kGroup * widest_tile(a) <= kMostSent);
-  a.stamp = chain.stamps(static_cast<uint32_t>((a.tiles + groups - 1) / groups));
+  deal_out(a.deal, kThreads, lane_of(a.format), a.paired);
+  a.deal.groups = std::min(a.deal.tiles, a.deal.groups);
+  const int blocks = kGroup * (a.deal.groups + a.skip_deal.groups);
+  const int64_t skip_sent = int64_t{kGroup} * a.skips * a.skip_deal.outputs();
+  CHECK(int64_t{2} * a.deal.groups * kGroup * widest_tile(a) + skip_sent <= kMostSent);
+  a.sent = sent;
+  a.skip_sent = sent + (kMostSent - skip_sent);
+  a.stamp = chain.stamps(static_cast<uint32_t>((a.deal.tiles + a.deal.groups - 1) / a.deal.groups));
   a.link = chain.link(s);
-  launch_kernel(s, gemv_kernel, groups * kGroup, kThreads,
+  launch_kernel(s, gemv_kernel, blocks, kThreads,
                 std::max(shared, std::min<int64_t>(kLeastShared, s.shared_bytes)), a);
-  chain.launched(static_cast<unsigned>(groups * kGroup));
+  chain.launched(static_cast<unsigned>(blocks));
 }
 
 bool launches_may_depend() {

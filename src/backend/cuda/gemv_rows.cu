@@ -41,7 +41,9 @@ template <class T, bool kListed>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) float row[];
   wait_for_inputs();
-  make_row<kThreads>(a.in, a.in.gain, row);
+  const float factor = take_row<kThreads>(a.in, row);
+  if (a.in.source == Source::norm) norm_row<kThreads>(a.in, a.in.gain, factor, row);
+  leave_row<kThreads>(a.in, row, static_cast<int>(gridDim.x));
   constexpr int kVector = Plain<T>::kLane;
   const int64_t line = static_cast<int64_t>(a.in.cols) * static_cast<int64_t>(sizeof(T));
   const int vectors = a.aligned ? a.in.cols / kVector : 0;

@@ -8,6 +8,9 @@
 
 namespace larosa::cuda {
 
+/// How a weight's channels are read: a struct each.
+enum class Format { f32, f16, bf16, int8, int4, loose_f32, loose_f16, loose_bf16 };
+
 /// A vector of a channel is read at its address and `extra`: how far its scales are, where it has some.
 /// Vector v has kLane outputs. kGranule outputs hold whole vectors and can be shared out. A thread has kAhead
 /// channels in flight: six of 512 threads, 48 KB per multiprocessor, hide 1.5 µs at 4.3 TB/s.
@@ -127,5 +130,16 @@ struct Unaligned {
     for (int i = 0; i < kLane; ++i) sum[i] = fmaf(x, widen(v.element[i]), sum[i]);
   }
 };
+
+/// Outputs of a vector, and of the fewest whole vectors that hold a run of outputs.
+__host__ __device__ constexpr int lane_of(Format f) {
+  return f == Format::int4                            ? Nibbles::kLane
+         : f == Format::int8                          ? Bytes::kLane
+         : f == Format::f32 || f == Format::loose_f32 ? Plain<float>::kLane
+                                                      : Plain<__half>::kLane;
+}
+__host__ __device__ constexpr int granule_of(Format f) {
+  return f == Format::int4 ? Nibbles::kGranule : lane_of(f);
+}
 
 }  // namespace larosa::cuda

@@ -66,14 +66,9 @@ struct Glu {
   float* mid = nullptr;  // or null: nothing
 };
 
-/// Where blocks that share an output leave their sums and find each other.
-struct Scratch {
-  uint64_t* sent = nullptr;    // products': kMostSent sums with stamps, zero at first
-  float* partial = nullptr;    // attention's
-  uint32_t* ticket = nullptr;  // attention's: kTickets, zero between launches
-};
+/// Sums with stamps that blocks which share an output send each other at most: room for so many, zero at
+/// first, is called `sent`.
 inline constexpr int64_t kMostSent = int64_t{4096} * 512;
-inline constexpr int64_t kTickets = 4096;
 
 /// How a launch waits for the one before: by a counter that grows by one for every block that has ended.
 struct Link {
@@ -111,13 +106,13 @@ bool gemv_fuses(const Stream& s, const Input& in, const Weight& w);
 int64_t gemv_longest(const Stream& s);
 /// True when both can be products of one launch.
 bool gemv_together(const Weight& a, const Weight& b);
-/// True when gemv can add x times `skip` to the product of `in` with w.
-bool gemv_skips(const Stream& s, const Input& in, const Weight& w, const Weight& skip);
+/// True when gemv can add x times `skip` to the product of a row with w.
+bool gemv_skips(const Stream& s, const Weight& w, const Weight& skip);
 /// y (1, out) of every product; channels layout, types as gemv_together says, at most kMostProducts. Skips:
 /// of one product, as gemv_skips says. glu: of two products of equal shape.
 inline constexpr int kMostProducts = 4;
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
-          const Glu& glu, const Scratch& scratch, Chain& chain);
+          const Glu& glu, uint64_t* sent, Chain& chain);
 /// The same for one weight in rows layout.
 void gemv_rows(const Stream& s, const Input& in, const Product& product);
 /// Of it the outputs where `chosen` (1, out) is not zero; the others become zero. scratch: 1 + out integers.
@@ -160,16 +155,11 @@ inline constexpr int kWidestHead = 256;
 /// Appends k, v and attends: several rows.
 void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
             Mat out);
-/// The same of one row, whose q and k are rotated by `at` on the way when it is given; scratch.partial:
-/// attend_partial floats.
+/// The same of one row, whose q and k are rotated by `at` on the way when it is given. Throws Error for more
+/// positions than `sent` has room for: the longer a context, the more stretches whose scores a block holds
+/// (64 heads of 128, eight to a key/value head, 99 KB: some 500,000).
 void attend_row(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
-                Mat out, const Angles* at, const Scratch& scratch, Chain& chain);
-/// Stretches of positions that one row's attention is split into at most, as long as a block's shared memory
-/// holds their scores: 8 query heads a key/value head of 128, 99 KB: 108,000 positions.
-inline constexpr int64_t kSplits = 64;
-/// Floats that the stretches of one row of `heads` query heads leave their sums in, whatever its position.
-int64_t attend_partial(const Stream& s, int64_t heads, const KvShape& shape);
-
+                Mat out, const Angles* at, uint64_t* sent, Chain& chain);
 /// Elements [first, first + count) of the outputs of `w`, as f32 or bf16, all inputs: rows layout (count, in)
 /// with `pitch` elements a line, channels (in, count). What pitch leaves over is zero.
 void widen_weight(const Stream& s, const Weight& w, int64_t first, int64_t count, bool bf16, int64_t pitch,

@@ -25,11 +25,9 @@ bool OneRow::Pending::touches(std::span<const Product> products) const {
 }
 
 OneRow::OneRow(const Stream& stream) : stream_(stream) {
-  scratch_.sent = static_cast<uint64_t*>(sent_.at_least(kMostSent * 8));
-  scratch_.ticket = static_cast<uint32_t*>(tickets_.at_least((kTickets + 1) * 4));
-  chain_.done = scratch_.ticket + kTickets;
-  check(cudaMemsetAsync(scratch_.sent, 0, kMostSent * 8, stream_.stream), "memory");
-  check(cudaMemsetAsync(scratch_.ticket, 0, (kTickets + 1) * 4, stream_.stream), "memory");
+  chain_.done = static_cast<uint32_t*>(done_.at_least(4));
+  check(cudaMemsetAsync(sent_.at_least(kMostSent * 8), 0, kMostSent * 8, stream_.stream), "memory");
+  check(cudaMemsetAsync(chain_.done, 0, 4, stream_.stream), "memory");
   check(cudaMemsetAsync(guesses_.at_least(kGuesses * 4), 0, kGuesses * 4, stream_.stream), "memory");
 }
 
@@ -127,15 +125,13 @@ void OneRow::rope(Mat q, Mat k, int64_t head_dim, const Angles& at) {
   rope_ = PendingRope{q, k, head_dim, at};
 }
 
-void OneRow::attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out,
-                    float* partial) {
+void OneRow::attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out) {
   std::optional<PendingRope> rope;
   if (rope_ && rope_->q.data == q.data && rope_->k.data == k.data && rope_->head_dim == cache.head_dim)
     rope.swap(rope_);
   flush_waiting();
-  Scratch scratch = scratch_;
-  scratch.partial = partial;
-  attend_row(stream_, q, k, v, cache, pos, window, out, rope ? &rope->at : nullptr, scratch, chain_);
+  attend_row(stream_, q, k, v, cache, pos, window, out, rope ? &rope->at : nullptr, sent_.get<uint64_t>(),
+             chain_);
 }
 
 void OneRow::glu(Mat gate, Mat up, const Activation& activation, Mat mid) {
@@ -213,7 +209,7 @@ bool OneRow::takes_skip(const Pending& from, std::span<const Product> products) 
       products[0].y.cols != skip_->y.cols || from.touches(skip_->y))
     return false;
   return std::all_of(skip_->weight, skip_->weight + skip_->count,
-                     [&](const Weight& w) { return gemv_skips(stream_, from.in, products[0].weight, w); });
+                     [&](const Weight& w) { return gemv_skips(stream_, products[0].weight, w); });
 }
 
 /// The one place where gemv is launched: with the skip that waits for this product.
@@ -236,7 +232,7 @@ void OneRow::launch(Pending from, std::span<const Product> products, const Glu& 
     alone.accumulate = false;
     products = std::span(&alone, 1);
   }
-  gemv(stream_, in, products, std::span(skips, count), glu, scratch_, chain_);
+  gemv(stream_, in, products, std::span(skips, count), glu, sent_.get<uint64_t>(), chain_);
 }
 
 /// Where the cut of a weight's row stood the last time: the next one is near it. Any number will do: weights

@@ -29,9 +29,8 @@ class OneRow {
   void select(Mat x, const Input& rule, CudaSelection& kept);
   /// Rotates q and k in place. Nothing else waits.
   void rope(Mat q, Mat k, int64_t head_dim, const Angles& at);
-  /// Attention of one row, which does that on the way; partial: attend_partial floats.
-  void attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out,
-              float* partial);
+  /// Attention of one row, which does that on the way.
+  void attend(Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window, Mat out);
   /// mid = a(gate) · up.
   void glu(Mat gate, Mat up, const Activation& activation, Mat mid);
   /// y = x R (+ y).
@@ -88,8 +87,7 @@ class OneRow {
   std::optional<PendingRope> rope_;
   std::optional<PendingPair> pair_;
   std::optional<PendingSkip> skip_;
-  Buffer sent_, tickets_, guesses_, outputs_;
-  Scratch scratch_;
+  Buffer sent_, done_, guesses_, outputs_;
   std::unordered_map<const void*, int> guess_at_;
   Chain chain_;
 };

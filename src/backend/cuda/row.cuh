@@ -22,11 +22,6 @@ __device__ float square_sum(const Value& value, int cols, float* reduced) {
 __device__ inline float norm_factor(float sum, int cols, float eps) {
   return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(__fdiv_rn(sum, static_cast<float>(cols)), eps)));
 }
-__device__ inline float norm_entry(float x, float factor, const float* gain, int e) {
-  const float y = __fmul_rn(x, factor);
-  return gain ? __fmul_rn(y, gain[e]) : y;
-}
-
 /// Starts copying a row to shared memory. Copies that pass no register are all in flight at once; loads in a
 /// rolled loop were waited for one by one (11008 entries: 7.9 µs, in unrolled ones 2.6).
 template <int kThreads>
@@ -45,16 +40,19 @@ __device__ inline void wait_for_row() {
   __syncthreads();
 }
 
-/// A row or its norm in shared memory; gain: the norm's, or null. The blocks share in writing it down where
-/// the input wants that.
+/// A row in shared memory, and the factor of its norm where it is to have one.
 template <int kThreads>
-__device__ void make_row(const Input& in, const float* gain, float* values) {
+__device__ float take_row(const Input& in, float* values) {
   fetch_row<kThreads>(in.x, in.cols, values);
   wait_for_row();
-  if (in.source != Source::norm) return;
+  if (in.source != Source::norm) return 1;
   const float sum =
       square_sum<kThreads>([&](int e) { return values[e]; }, in.cols, select_scratch<kThreads>().reduced);
-  const float factor = norm_factor(sum, in.cols, in.eps);
+  return norm_factor(sum, in.cols, in.eps);
+}
+/// The norm where the row stands.
+template <int kThreads>
+__device__ void norm_row(const Input& in, const float* gain, float factor, float* values) {
   const Run<kThreads> run(in.cols);
 #pragma unroll 4
   for (int i = 0; i < run.steps; ++i) {
@@ -62,8 +60,12 @@ __device__ void make_row(const Input& in, const float* gain, float* values) {
     if (e < in.cols) values[e] = norm_entry(values[e], factor, gain, e);
   }
   __syncthreads();
-  if (!in.values) return;
-  const int me = static_cast<int>(blockIdx.x), blocks = static_cast<int>(gridDim.x);
+}
+/// The first `blocks` blocks share in writing a norm down where the input wants that.
+template <int kThreads>
+__device__ void leave_row(const Input& in, const float* values, int blocks) {
+  if (in.source != Source::norm || !in.values) return;
+  const int me = static_cast<int>(blockIdx.x);
   const int end = (me + 1) * in.cols / blocks;
   for (int e = me * in.cols / blocks + static_cast<int>(threadIdx.x); e < end; e += kThreads)
     in.values[e] = values[e];
@@ -153,12 +155,12 @@ __device__ Cut keyed_cut(const KeyingRow<kThreads>& first, const KeyedRow<kThrea
   return cut_of<kThreads>(row, rule);
 }
 template <int kThreads>
-__device__ __noinline__ int choose_keyed(Rule rule, RowMemory memory, int rank) {
-  const float* const values = floats_at(memory.row);
-  float* const scale = floats_at(memory.keys);
+__device__ __noinline__ int choose_keyed(Rule rule, RowMemory memory, bool normed, float factor, int rank) {
+  float *const values = floats_at(memory.row), *const scale = floats_at(memory.keys);
   const KeyedRow<kThreads> row{values, reinterpret_cast<const int*>(scale), rule.cols};
-  const Cut cut = keyed_cut<kThreads>({values, scale, memory.scaled, rule.cols}, row, rule,
-                                      select_scratch<kThreads>().guess);
+  const Cut cut =
+      keyed_cut<kThreads>({values, scale, memory.scaled, rule.cols, normed, factor, floats_at(memory.gain)},
+                          row, rule, select_scratch<kThreads>().guess);
   return choose<kThreads>(row, cut, rule, memory.list, rank);
 }
 /// x: where a row that is not held stands.
@@ -171,10 +173,9 @@ __device__ __noinline__ int choose_all(Rule rule, RowMemory memory, const float*
                           memory.list, rank);
 }
 
-/// A block's own channels of the row of `in`. The blocks share in writing the row down where the input wants
-/// that.
+/// A block's own channels of the row of `in`, which the first `blocks` blocks make.
 template <int kThreads>
-__device__ Channels prepare_row(const Input& in, const RowMemory& memory, int rank) {
+__device__ Channels prepare_row(const Input& in, const RowMemory& memory, int rank, int blocks) {
   Channels channels{false, memory.list, memory.list + list_bytes(in.cols) / 2, 0};
   if (memory.row < 0) {
     channels.count = choose_all<kThreads>(rule_of(in), memory, in.x, rank);
@@ -192,8 +193,11 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory, int ra
   }
   clear_bins<kThreads>();
   float* const values = floats_at(memory.row);
-  make_row<kThreads>(in, floats_at(memory.gain), values);
+  const float factor = take_row<kThreads>(in, values);
+  const bool normed = in.source == Source::norm;
   if (in.select == Selects::all) {
+    if (normed) norm_row<kThreads>(in, floats_at(memory.gain), factor, values);
+    leave_row<kThreads>(in, values, blocks);
     // Without a +0 the list is the row: then there is no need of one.
     const Own own{rank, kGroup};
     const int count = own.count(in.cols);
@@ -204,7 +208,8 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory, int ra
     if (__syncthreads_and(full)) return {true, 0, memory.row + rank * 4, count};
     channels.count = choose_all<kThreads>(rule_of(in), memory, nullptr, rank);
   } else {
-    channels.count = choose_keyed<kThreads>(rule_of(in), memory, rank);
+    channels.count = choose_keyed<kThreads>(rule_of(in), memory, normed, factor, rank);
+    leave_row<kThreads>(in, values, blocks);
   }
   return channels;
 }

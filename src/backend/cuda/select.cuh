@@ -20,6 +20,12 @@ __device__ inline int score_key(float x, const float* scale, int i) {
   return isnan(s) ? kNanKey : __float_as_int(fabsf(s));
 }
 
+/// The norm of an entry; gain: the norm's, or null.
+__device__ inline float norm_entry(float x, float factor, const float* gain, int e) {
+  const float y = __fmul_rn(x, factor);
+  return gain ? __fmul_rn(y, gain[e]) : y;
+}
+
 /// Entries with a key above `key` are kept, and the first `ties` of those that have it.
 struct Cut {
   int key = 0, ties = 0;
@@ -139,8 +145,10 @@ __device__ Bin bin_of_cut(const Row& row, int keep, int low, int shift) {
 template <int kThreads, class Row>
 __device__ Cut ranked_cut(const Row& row, const Bin& bin, int shift) {
   auto& s = select_scratch<kThreads>();
-  row.template each<1>([&](int, int key) {
-    if (static_cast<unsigned>(key - bin.base) < 1u << shift) s.member[atomicAdd(&s.members, 1)] = key;
+  row.each_four(Own(), [&](int, const int(&key)[4], unsigned) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (static_cast<unsigned>(key[i] - bin.base) < 1u << shift) s.member[atomicAdd(&s.members, 1)] = key[i];
   });
   __syncthreads();
   const int mine = lane() < bin.held ? s.member[lane()] : kNoKey;
@@ -350,29 +358,51 @@ struct MemoryRow {
 };
 
 /// A row whose keys are made, and stored, by the one pass over it. They take the place of its score weights.
+/// So is its norm, if it is to have one.
 template <int kThreads>
 struct KeyingRow {
-  const float* x;
+  float* x;
   float* scale;  // shared memory, where keys go in any case
   bool scaled;
   int cols;
+  bool normed = false;
+  float factor = 1;
+  const float* gain = nullptr;
 
   template <class Body>
   __device__ void each_four(const Own& own, const Body& body) const {
-    int* const keys = reinterpret_cast<int*>(scale);
-    const auto use = [&](int first, const int(&key)[4], unsigned there) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (there >> i & 1) keys[own.entry(first + i * kWarp)] = key[i];
-      body(first, key, there);
-    };
-    if (scaled) {
-      in_fours<kThreads>(
-          cols, own, kNoKey, [&](int e) { return score_key(x[e], scale, e); }, use);
+    if (normed) {
+      scaled ? make<true, true>(own, body) : make<true, false>(own, body);
     } else {
-      in_fours<kThreads>(
-          cols, own, kNoKey, [&](int e) { return score_key(x[e], nullptr, e); }, use);
+      scaled ? make<false, true>(own, body) : make<false, false>(own, body);
     }
+  }
+
+ private:
+  struct Entry {
+    float value, scale;
+  };
+  template <bool kNormed, bool kScaled, class Body>
+  __device__ void make(const Own& own, const Body& body) const {
+    int* const keys = reinterpret_cast<int*>(scale);
+    in_fours<kThreads>(
+        cols, own, Entry{0, 0},
+        [&](int e) {
+          return Entry{kNormed ? norm_entry(x[e], factor, gain, e) : x[e], kScaled ? scale[e] : 1};
+        },
+        [&](int first, const Entry(&four)[4], unsigned there) {
+          int key[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            key[i] = kNoKey;
+            if (!(there >> i & 1)) continue;
+            const int e = own.entry(first + i * kWarp);
+            key[i] = score_key(four[i].value, kScaled ? &four[i].scale : nullptr, 0);
+            keys[e] = key[i];
+            if (kNormed) x[e] = four[i].value;
+          }
+          body(first, key, there);
+        });
   }
 };
 
