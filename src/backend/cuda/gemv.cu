@@ -188,59 +188,78 @@ __device__ void add_format(Format format, const Channels& channels, int rank, co
   }
 }
 
-/// This block's share of the channels of a tile: take(column, sum). `at`: offset of the row and, once it has
-/// been read, of the threads' sums.
-template <class Take>
-__device__ void add_product(const Args& a, const Tile& tile, int rank, const Channels& channels,
-                            const Lines* skip, int at, const Take& take) {
-  const Format format = skip ? skip->format : a.format;
-  const int lane = lane_of(format);
-  const Share share = share_of(tile, lane);
-  const Place place = skip ? Place{0, tile.first + share.column} : place_of(a, tile, share.column);
-  add_format(format, channels, rank, share, skip ? *skip : a.part[place.part].lines, place.output, at);
+/// What a block and its threads do for a tile. All that can be worked out before the row is there, whose
+/// divisions (some 100 cycles each) then wait for it too.
+struct Work {
+  Tile tile;
+  const Lines* lines;  // of the thread's vector
+  Share share;
+  int output;      // of the thread's vector
+  uint64_t* sent;  // the sums of the tile's first output, and from one block's to the next one's
+  int pitch;
+  uint32_t stamp;
+};
+
+/// The block's share of the channels of a tile, to its group. `at`: offset of the row and, once it has been
+/// read, of the threads' sums.
+__device__ void send_product(const Work& w, int rank, const Channels& channels, int at) {
+  const Format format = w.lines->format;
+  add_format(format, channels, rank, w.share, *w.lines, w.output, at);
   const auto* const sums = reinterpret_cast<const float*>(block_memory() + at);
-  const int vectors = tile.columns / lane, pitch = sums_pitch(lane);
+  const int shift = lane_shift(format), pitch = sums_pitch(1 << shift), vectors = w.tile.columns >> shift;
 #pragma unroll 1
-  for (int c = static_cast<int>(threadIdx.x); c < tile.columns; c += kThreads) {
-    const int v = c / lane, i = c % lane;
+  for (int c = static_cast<int>(threadIdx.x); c < w.tile.columns; c += kThreads) {
+    const int v = c >> shift, i = c & ((1 << shift) - 1);
     float total = 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int t = v; t < kThreads; t += vectors) total = __fadd_rn(total, sums[t * pitch + i]);
-    take(format == Format::int4 ? Nibbles::column(v, i) : c, total);
+    const int column = format == Format::int4 ? Nibbles::column(v, i) : c;
+    send(w.sent + rank * w.pitch + column, total, w.stamp);
   }
   __syncthreads();
 }
 
-/// The sums of an output by a group's blocks, `pitch` apart, added in their order once they have come. They
-/// are in time: a grid has no more blocks than there are multiprocessors, and the next kernel's start when
-/// all of these have. Blocks of another engine on the device can hold theirs back for a while, no more than
-/// three a launch.
-__device__ float receive_sum(const uint64_t* sent, int pitch, uint32_t stamp) {
-  float part[kGroup];
-  bool there;
-  do {
-    there = true;
+/// The sums of an output by a group's blocks, `pitch` apart: true once all have come.
+__device__ bool receive_parts(const uint64_t* sent, int pitch, uint32_t stamp, float (&part)[kGroup]) {
+  bool there = true;
 #pragma unroll
-    for (int r = 0; r < kGroup; ++r) there &= receive(sent + r * pitch, stamp, part[r]);
-  } while (!there);
+  for (int r = 0; r < kGroup; ++r) there &= receive(sent + r * pitch, stamp, part[r]);
+  return there;
+}
+__device__ float sum_of(const float (&part)[kGroup]) {
   float sum = part[0];
 #pragma unroll
   for (int r = 1; r < kGroup; ++r) sum = __fadd_rn(sum, part[r]);
   return sum;
 }
-/// What the skips' blocks have of an output of the product; they mostly are there first.
-__device__ float receive_skips(const Args& a, int output) {
+/// What the groups' blocks have of an output, once it has come: of the product in the order of the blocks,
+/// and of each skip. They are in time: a grid has no more blocks than there are multiprocessors, and the next
+/// kernel's start when all of these have. Blocks of another engine on the device can hold theirs back for a
+/// while, no more than three a launch.
+__device__ float receive_sum(const Args& a, const Work& w, int column, int output) {
+  const uint64_t* const sent = w.sent + column;
+  float part[kGroup];
+  if (a.skips == 0) {
+    while (!receive_parts(sent, w.pitch, w.stamp, part)) {
+    }
+    return sum_of(part);
+  }
   const int pitch = a.skip_deal.outputs();
-  float sum = 0;
+  float skipped = 0;
 #pragma unroll 1
-  for (int i = 0; i < a.skips; ++i)
-    sum = __fadd_rn(sum, receive_sum(a.skip_sent + i * kGroup * pitch + output, pitch, a.stamp));
-  return sum;
+  for (int i = 0; i < a.skips; ++i) {
+    const uint64_t* const skip = a.skip_sent + i * kGroup * pitch + output;
+    float other[kGroup];
+    while (!(receive_parts(skip, pitch, a.stamp, other) & receive_parts(sent, w.pitch, w.stamp, part))) {
+    }
+    skipped = __fadd_rn(skipped, sum_of(other));
+  }
+  return __fadd_rn(sum_of(part), skipped);
 }
 
-/// The blocks' sums (group, tile.columns) to this block's outputs: sum, skips, bias and y before, in this
-/// order.
-__device__ void finish(const Args& a, const Tile& tile, int rank, const uint64_t* sent, uint32_t stamp) {
+/// What came of the tile to this block's outputs: sum, bias and y before, in this order.
+__device__ void finish(const Args& a, const Work& w, int rank) {
+  const Tile& tile = w.tile;
   const int length = (tile.half + kGroup - 1) / kGroup, first = rank * length;
   const auto output_of = [&](int column) {
     const Place place = place_of(a, tile, column);
@@ -249,9 +268,7 @@ __device__ void finish(const Args& a, const Tile& tile, int rank, const uint64_t
     float* const y = part.y + place.output;
     const float bias = part.bias ? __ldg(part.bias + place.output) : 0,
                 before = part.accumulate ? __ldcg(y) : 0;
-    const float skipped = a.skips > 0 ? receive_skips(a, place.output) : 0;
-    float sum = receive_sum(sent + column, tile.columns, stamp);
-    if (a.skips > 0) sum = __fadd_rn(sum, skipped);
+    float sum = receive_sum(a, w, column, place.output);
     if (part.bias) sum = __fadd_rn(sum, bias);
     if (part.accumulate) sum = __fadd_rn(sum, before);
     *y = sum;
@@ -271,6 +288,36 @@ __host__ __device__ inline int widest_tile(const Args& a) {
   return a.deal.widest() * (a.paired ? 2 : 1);
 }
 
+/// Of tile t of the product's, or of the skips', one skip after the other.
+__device__ Work work_at(const Args& a, bool product, int group, int t) {
+  const Deal& deal = product ? a.deal : a.skip_deal;
+  Work w;
+  w.stamp = a.stamp;
+  if (product) {
+    w.tile = tile_at(deal, t, a.paired);
+    w.share = share_of(w.tile, lane_of(a.format));
+    const Place place = place_of(a, w.tile, w.share.column);
+    w.lines = &a.part[place.part].lines;
+    w.output = place.output;
+    // Two places in turn: a block may be in the next tile while another still reads of this one. Not in the
+    // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
+    // columns, 128 of a pair) is longer than what padding leaves out (127).
+    const int round = t / deal.groups;
+    w.stamp += static_cast<uint32_t>(round);
+    w.pitch = w.tile.columns;
+    w.sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);
+  } else {
+    const int skip = t / deal.tiles;
+    w.tile = tile_at(deal, t - skip * deal.tiles, false);
+    w.lines = &a.skip[skip].lines;
+    w.share = share_of(w.tile, lane_of(w.lines->format));
+    w.output = w.tile.first + w.share.column;
+    w.pitch = deal.outputs();
+    w.sent = a.skip_sent + skip * kGroup * w.pitch + w.tile.first;
+  }
+  return w;
+}
+
 /// A block of a product, or of the skips: these need no selection, so they read while those still look for
 /// their channels.
 __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ Args a) {
@@ -278,43 +325,32 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
   const bool product = block < a.deal.groups * kGroup;
   const Deal& deal = product ? a.deal : a.skip_deal;
   const int group = block / kGroup - (product ? 0 : a.deal.groups);
+  const int end = product ? deal.tiles : deal.tiles * a.skips;
   const RowMemory memory = row_memory(a.in, 0, a.held);
   const int at = product ? sums_at(memory) : 0;
-  if (product) fetch_weights<kThreads>(a.in, memory);
+  if (product) begin_row<kThreads>(a.in, memory);
+  int t = group;
+  Work work = work_at(a, product, group, t);
   wait_for_inputs(a.link);
 #pragma unroll 1
-  for (int t = group; t < deal.tiles * (product ? 1 : a.skips); t += deal.groups) {
-    const Tile tile = tile_at(deal, t % deal.tiles, product && a.paired);
+  for (;;) {
     Channels channels;
-    const Lines* lines = nullptr;
-    uint64_t* sent;
-    int pitch;
-    uint32_t stamp = a.stamp;
     if (product) {
-      // Sums take the row's place and keys that of their weights, so that every further tile makes it all
-      // again.
-      if (t != group) fetch_weights<kThreads>(a.in, memory);
-      channels = prepare_row<kThreads>(a.in, memory, rank, deal.groups * kGroup);
-      // Two places in turn: a block may be in the next tile while another still reads of this one. Not in the
-      // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
-      // columns, 128 of a pair) is longer than what padding leaves out (127).
-      const int round = t / deal.groups;
-      stamp += static_cast<uint32_t>(round);
-      pitch = tile.columns;
-      sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);
+      channels = prepare_row<kThreads>(a.in, memory, rank);
     } else {
       const SkipArgs& skip = a.skip[t / deal.tiles];
       fetch_row<kThreads>(skip.x, skip.cols, floats_at(at));
       wait_for_row();
       channels = {true, 0, at + rank * 4, Own{rank, kGroup}.count(skip.cols)};
-      lines = &skip.lines;
-      pitch = deal.outputs();
-      sent = a.skip_sent + t / deal.tiles * kGroup * pitch + tile.first;
     }
     start_next();  // not before: what it does there would hold the row up
-    add_product(a, tile, rank, channels, lines, at,
-                [&](int column, float sum) { send(sent + rank * pitch + column, sum, stamp); });
-    if (product) finish(a, tile, rank, sent, stamp);
+    send_product(work, rank, channels, at);
+    if (product) finish(a, work, rank);
+    t += deal.groups;
+    if (t >= end) break;
+    // Sums took the row's place and keys that of their weights: every further tile makes it all again.
+    if (product) begin_row<kThreads>(a.in, memory);
+    work = work_at(a, product, group, t);
   }
   signal(a.link);
 }
@@ -425,6 +461,10 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   CHECK(int64_t{2} * a.deal.groups * kGroup * widest_tile(a) + skip_sent <= kMostSent);
   a.sent = sent;
   a.skip_sent = sent + (kMostSent - skip_sent);
+  if (in.source == Source::norm) {
+    const int makers = a.deal.groups * kGroup;
+    a.in.left = (in.cols + makers - 1) / makers;
+  }
   a.stamp = chain.stamps(static_cast<uint32_t>((a.deal.tiles + a.deal.groups - 1) / a.deal.groups));
   a.link = chain.link(s);
   launch_kernel(s, gemv_kernel, blocks, kThreads,

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   wait_for_inputs();
   const float factor = take_row<kThreads>(a.in, row);
   if (a.in.source == Source::norm) norm_row<kThreads>(a.in, a.in.gain, factor, row);
-  leave_row<kThreads>(a.in, row, static_cast<int>(gridDim.x));
+  leave_row<kThreads>(a.in, row);
   constexpr int kVector = Plain<T>::kLane;
   const int64_t line = static_cast<int64_t>(a.in.cols) * static_cast<int64_t>(sizeof(T));
   const int vectors = a.aligned ? a.in.cols / kVector : 0;
@@ -107,17 +107,18 @@ void launch(const Stream& s, const Input& in, const Product& product, const int3
   const int64_t shared = in.cols * static_cast<int64_t>(sizeof(float));
   if (shared > s.shared_bytes) fail("cuda: a row of ", in.cols, " entries does not fit in shared memory");
   const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.in * dtype_size(w.dtype) % 16 == 0;
-  const Args a{static_cast<const char*>(w.data),
-               w.bias,
-               product.y.data,
-               in,
-               static_cast<int>(w.out),
-               product.accumulate,
-               aligned,
-               listed,
-               listed ? listed + 1 : nullptr,
-               chosen};
+  Args a{static_cast<const char*>(w.data),
+         w.bias,
+         product.y.data,
+         in,
+         static_cast<int>(w.out),
+         product.accumulate,
+         aligned,
+         listed,
+         listed ? listed + 1 : nullptr,
+         chosen};
   const int blocks = std::clamp((a.out + kRows * kWarps - 1) / (kRows * kWarps), 1, s.multiprocessors);
+  a.in.left = (in.cols + blocks - 1) / blocks;
   if (w.dtype == DType::f32)
     return launch_kernel(s, rows_kernel<float, kListed>, blocks, kThreads, shared, a);
   if (w.dtype == DType::f16)

@@ -131,13 +131,16 @@ struct Unaligned {
   }
 };
 
-/// Outputs of a vector, and of the fewest whole vectors that hold a run of outputs.
-__host__ __device__ constexpr int lane_of(Format f) {
-  return f == Format::int4                            ? Nibbles::kLane
-         : f == Format::int8                          ? Bytes::kLane
-         : f == Format::f32 || f == Format::loose_f32 ? Plain<float>::kLane
-                                                      : Plain<__half>::kLane;
+/// Outputs of a vector are two to this power.
+__host__ __device__ constexpr int lane_shift(Format f) {
+  return f == Format::int4 ? 5 : f == Format::int8 ? 4 : f == Format::f32 || f == Format::loose_f32 ? 2 : 3;
 }
+__host__ __device__ constexpr int lane_of(Format f) {
+  return 1 << lane_shift(f);
+}
+static_assert(lane_of(Format::int4) == Nibbles::kLane && lane_of(Format::int8) == Bytes::kLane &&
+              lane_of(Format::f32) == Plain<float>::kLane && lane_of(Format::bf16) == Plain<__half>::kLane);
+/// Outputs of the fewest whole vectors that hold a run of outputs.
 __host__ __device__ constexpr int granule_of(Format f) {
   return f == Format::int4 ? Nibbles::kGranule : lane_of(f);
 }

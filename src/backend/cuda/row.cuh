@@ -61,14 +61,12 @@ __device__ void norm_row(const Input& in, const float* gain, float factor, float
   }
   __syncthreads();
 }
-/// The first `blocks` blocks share in writing a norm down where the input wants that.
+/// Every block writes a run of a norm down where the input wants that.
 template <int kThreads>
-__device__ void leave_row(const Input& in, const float* values, int blocks) {
+__device__ void leave_row(const Input& in, const float* values) {
   if (in.source != Source::norm || !in.values) return;
-  const int me = static_cast<int>(blockIdx.x);
-  const int end = (me + 1) * in.cols / blocks;
-  for (int e = me * in.cols / blocks + static_cast<int>(threadIdx.x); e < end; e += kThreads)
-    in.values[e] = values[e];
+  const int begin = static_cast<int>(blockIdx.x) * in.left, end = min(begin + in.left, in.cols);
+  for (int e = begin + static_cast<int>(threadIdx.x); e < end; e += kThreads) in.values[e] = values[e];
 }
 
 __host__ __device__ inline int padded_bytes(int cols, int size) {
@@ -125,17 +123,19 @@ __device__ int choose(const Row& row, const Cut& cut, const Rule& rule, int list
   auto* const near = reinterpret_cast<uint32_t*>(block_memory() + list);
   auto* const value = reinterpret_cast<float*>(block_memory() + list + list_bytes(rule.cols) / 2);
   float* const masked = blockIdx.x < kGroup ? rule.masked : nullptr;
-  const int count = compact<kThreads>(
-      row, cut, Own{rank, kGroup},
-      [&](int place, int e) {
-        const float v = row.value(e);
-        near[place] = static_cast<uint32_t>(e);
-        value[place] = v;
-        if (masked) masked[e] = v;
-      },
-      [&](int e) {
-        if (masked) masked[e] = 0;
-      });
+  const Own own{rank, kGroup};
+  const auto take = [&](int place, int e) {
+    near[place] = static_cast<uint32_t>(e);
+    value[place] = row.value(e);
+  };
+  const int count = masked ? compact<kThreads>(
+                                 row, cut, own,
+                                 [&](int place, int e) {
+                                   take(place, e);
+                                   masked[e] = row.value(e);
+                                 },
+                                 [&](int e) { masked[e] = 0; })
+                           : compact<kThreads>(row, cut, own, take, [](int) {});
   if (blockIdx.x == 0) {
     if (rule.kept) {
       const int kept = count_kept<kThreads>(row, rule, cut);
@@ -150,7 +150,7 @@ template <int kThreads>
 __device__ Cut keyed_cut(const KeyingRow<kThreads>& first, const KeyedRow<kThreads>& row, const Rule& rule,
                          int guess) {
   if (guess > 0 && searched(rule)) return find_cut_near<kThreads>(row, first, rule.keep, guess);
-  first.each_four(Own(), [](int, const int(&)[4], unsigned) {});
+  first.template in_batches<4>(Own(), [](int, const int(&)[4], unsigned) {});
   __syncthreads();  // a cut that is not searched for has no barrier before keys of others are read
   return cut_of<kThreads>(row, rule);
 }
@@ -173,9 +173,9 @@ __device__ __noinline__ int choose_all(Rule rule, RowMemory memory, const float*
                           memory.list, rank);
 }
 
-/// A block's own channels of the row of `in`, which the first `blocks` blocks make.
+/// A block's own channels of the row of `in`.
 template <int kThreads>
-__device__ Channels prepare_row(const Input& in, const RowMemory& memory, int rank, int blocks) {
+__device__ Channels prepare_row(const Input& in, const RowMemory& memory, int rank) {
   Channels channels{false, memory.list, memory.list + list_bytes(in.cols) / 2, 0};
   if (memory.row < 0) {
     channels.count = choose_all<kThreads>(rule_of(in), memory, in.x, rank);
@@ -191,13 +191,12 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory, int ra
       guess = 0;
     }
   }
-  clear_bins<kThreads>();
   float* const values = floats_at(memory.row);
   const float factor = take_row<kThreads>(in, values);
   const bool normed = in.source == Source::norm;
   if (in.select == Selects::all) {
     if (normed) norm_row<kThreads>(in, floats_at(memory.gain), factor, values);
-    leave_row<kThreads>(in, values, blocks);
+    leave_row<kThreads>(in, values);
     // Without a +0 the list is the row: then there is no need of one.
     const Own own{rank, kGroup};
     const int count = own.count(in.cols);
@@ -209,16 +208,17 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory, int ra
     channels.count = choose_all<kThreads>(rule_of(in), memory, nullptr, rank);
   } else {
     channels.count = choose_keyed<kThreads>(rule_of(in), memory, normed, factor, rank);
-    leave_row<kThreads>(in, values, blocks);
+    leave_row<kThreads>(in, values);
   }
   return channels;
 }
 
-/// Starts to fetch what the row needs besides its input.
+/// What a row needs besides its input, before that is there.
 template <int kThreads>
-__device__ void fetch_weights(const Input& in, const RowMemory& memory) {
+__device__ void begin_row(const Input& in, const RowMemory& memory) {
   if (memory.gain >= 0) fetch_row<kThreads>(in.gain, in.cols, floats_at(memory.gain));
   if (memory.scaled) fetch_row<kThreads>(in.scale, in.cols, floats_at(memory.keys));
+  clear_bins<kThreads>();
 }
 
 }  // namespace larosa::cuda

@@ -108,13 +108,13 @@ __device__ Bin bin_of_cut(const Row& row, int keep, int low, int shift) {
   auto& s = select_scratch<kThreads>();
   const unsigned span = (static_cast<unsigned>(kThreads) << shift) - 1;
   const int last = low + static_cast<int>(min(span, static_cast<unsigned>(kNanKey - low)));
+  const SharedCounters bins(s.bin);
   int above = 0;
-  row.each_four(Own(), [&](int, const int(&key)[4], unsigned) {
+  row.template in_batches<4>(Own(), [&](int, const int(&key)[4], unsigned) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const unsigned bin = static_cast<unsigned>(key[i] - low) >> shift;  // of a lower key there is none
+      bins.add_one(static_cast<unsigned>(key[i] - low) >> shift, kThreads);  // a lower key has no bin
       above += key[i] > last;
-      if (bin < kThreads) atomicAdd(&s.bin[bin], 1);
     }
   });
   above = __reduce_add_sync(~0u, above);
@@ -145,10 +145,12 @@ __device__ Bin bin_of_cut(const Row& row, int keep, int low, int shift) {
 template <int kThreads, class Row>
 __device__ Cut ranked_cut(const Row& row, const Bin& bin, int shift) {
   auto& s = select_scratch<kThreads>();
-  row.each_four(Own(), [&](int, const int(&key)[4], unsigned) {
+  row.template in_batches<4>(Own(), [&](int, const int(&key)[4], unsigned) {
+    const auto in_bin = [&](int i) { return static_cast<unsigned>(key[i] - bin.base) < 1u << shift; };
+    if (!in_bin(0) && !in_bin(1) && !in_bin(2) && !in_bin(3)) return;  // as nearly all
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (static_cast<unsigned>(key[i] - bin.base) < 1u << shift) s.member[atomicAdd(&s.members, 1)] = key[i];
+      if (in_bin(i)) s.member[atomicAdd(&s.members, 1)] = key[i];
   });
   __syncthreads();
   const int mine = lane() < bin.held ? s.member[lane()] : kNoKey;
@@ -235,28 +237,25 @@ __device__ int compact(const Row& row, const Cut& cut, const Own& own, const Tak
   const uint32_t below = (1u << lane()) - 1;
   if (cut.ties == 0) {  // a key above another is not zero, nor is its entry
     int count = 0;
-    row.each_four(own, [&](int, const int(&key)[4], unsigned) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) count += key[i] > cut.key;
-    });
+    row.template in_batches<2>(
+        own, [&](int, const int(&key)[2], unsigned) { count += (key[0] > cut.key) + (key[1] > cut.key); });
     count = __reduce_add_sync(~0u, count);
     if (lane() == 0) s.warp_sum[warp()] = count;
     __syncthreads();
     const int of_warp = lane() < kWarps ? s.warp_sum[lane()] : 0;
     int place = __reduce_add_sync(~0u, lane() < warp() ? of_warp : 0);
-    row.each_four(own, [&](int first, const int(&key)[4], unsigned there) {
-      uint32_t mask[4];
+    row.template in_batches<2>(own, [&](int first, const int(&key)[2], unsigned there) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) mask[i] = __ballot_sync(~0u, key[i] > cut.key);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 2; ++i) {
+        const bool kept = key[i] > cut.key;
+        const uint32_t mask = __ballot_sync(~0u, kept);
         const int e = own.entry(first + i * kWarp);
-        if (key[i] > cut.key) {
-          take(place + __popc(mask[i] & below), e);
+        if (kept) {
+          take(place + __popc(mask & below), e);
         } else if (there >> i & 1) {
           leave(e);
         }
-        place += __popc(mask[i]);
+        place += __popc(mask);
       }
     });
     return __reduce_add_sync(~0u, of_warp);
@@ -311,25 +310,34 @@ struct Run {
   __device__ int entry(int step) const { return first + step * kWarp; }
 };
 
-/// use(first, four, there) of four entries of a thread at a time, numbers first, first + kWarp, … of a share:
-/// what load(e) gives of them, all read before anything is written, or `none` where bit i of `there` is not
-/// set, beyond the row. The compiler would not dare to read one behind another's writing, and wait for each.
-template <int kThreads, class T, class Load, class Use>
-__device__ void in_fours(int cols, const Own& own, T none, const Load& load, const Use& use) {
+/// use(first, batch, there) of kBatch entries of a thread at a time, numbers first, first + kWarp, … of a
+/// share: what load(e) gives of them, all read before anything is written, or `none` where bit i of `there`
+/// is not set, beyond the row. The compiler would not dare to read one behind another's writing, and wait for
+/// each. Batches that every lane has whole ask no more: a row is bound by such instructions.
+template <int kThreads, int kBatch, class T, class Load, class Use>
+__device__ void batches(int cols, const Own& own, T none, const Load& load, const Use& use) {
   const int count = own.count(cols);
   const Run<kThreads> run(count);
+  const int whole = min(run.steps, max(0, count - warp() * run.steps * kWarp) / kWarp);
+  T batch[kBatch];
+  int i = 0;
 #pragma unroll 1
-  for (int i = 0; i < run.steps; i += 4) {
-    T four[4];
+  for (; i + kBatch <= whole; i += kBatch) {
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) batch[j] = load(own.entry(run.entry(i + j)));
+    use(run.entry(i), batch, (1u << kBatch) - 1);
+  }
+#pragma unroll 1
+  for (; i < run.steps; i += kBatch) {
     unsigned there = 0;
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
+    for (int j = 0; j < kBatch; ++j) {
       const int number = run.entry(i + j);
       const bool in_row = i + j < run.steps && number < count;
-      four[j] = in_row ? load(own.entry(number)) : none;
+      batch[j] = in_row ? load(own.entry(number)) : none;
       there |= static_cast<unsigned>(in_row) << j;
     }
-    use(run.entry(i), four, there);
+    use(run.entry(i), batch, there);
   }
 }
 
@@ -350,9 +358,9 @@ struct MemoryRow {
       body(e, e < cols ? score_key(x[e], scale, e) : kNoKey);
     }
   }
-  template <class Body>
-  __device__ void each_four(const Own& own, const Body& body) const {
-    in_fours<kThreads>(
+  template <int kBatch, class Body>
+  __device__ void in_batches(const Own& own, const Body& body) const {
+    batches<kThreads, kBatch>(
         cols, own, kNoKey, [&](int e) { return score_key(x[e], scale, e); }, body);
   }
 };
@@ -369,37 +377,37 @@ struct KeyingRow {
   float factor = 1;
   const float* gain = nullptr;
 
-  template <class Body>
-  __device__ void each_four(const Own& own, const Body& body) const {
-    if (normed) {
-      scaled ? make<true, true>(own, body) : make<true, false>(own, body);
-    } else {
-      scaled ? make<false, true>(own, body) : make<false, false>(own, body);
-    }
+  template <int kBatch, class Body>
+  __device__ void in_batches(const Own& own, const Body& body) const {
+    if (!normed) return scaled ? make<kBatch, 0, true>(own, body) : make<kBatch, 0, false>(own, body);
+    if (!gain) return scaled ? make<kBatch, 1, true>(own, body) : make<kBatch, 1, false>(own, body);
+    scaled ? make<kBatch, 2, true>(own, body) : make<kBatch, 2, false>(own, body);
   }
 
  private:
   struct Entry {
     float value, scale;
   };
-  template <bool kNormed, bool kScaled, class Body>
+  /// kNorm: 0 none, 1 by the factor, 2 by the gain too. Nothing is asked of an entry.
+  template <int kBatch, int kNorm, bool kScaled, class Body>
   __device__ void make(const Own& own, const Body& body) const {
     int* const keys = reinterpret_cast<int*>(scale);
-    in_fours<kThreads>(
+    batches<kThreads, kBatch>(
         cols, own, Entry{0, 0},
         [&](int e) {
-          return Entry{kNormed ? norm_entry(x[e], factor, gain, e) : x[e], kScaled ? scale[e] : 1};
+          const float value = kNorm > 0 ? norm_entry(x[e], factor, kNorm > 1 ? gain : nullptr, e) : x[e];
+          return Entry{value, kScaled ? scale[e] : 1};
         },
-        [&](int first, const Entry(&four)[4], unsigned there) {
-          int key[4];
+        [&](int first, const Entry(&batch)[kBatch], unsigned there) {
+          int key[kBatch];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
+          for (int i = 0; i < kBatch; ++i) {
             key[i] = kNoKey;
             if (!(there >> i & 1)) continue;
             const int e = own.entry(first + i * kWarp);
-            key[i] = score_key(four[i].value, kScaled ? &four[i].scale : nullptr, 0);
+            key[i] = score_key(batch[i].value, kScaled ? &batch[i].scale : nullptr, 0);
             keys[e] = key[i];
-            if (kNormed) x[e] = four[i].value;
+            if (kNorm > 0) x[e] = batch[i].value;
           }
           body(first, key, there);
         });
@@ -424,9 +432,9 @@ struct KeyedRow {
       body(e, e < cols ? key[e] : kNoKey);
     }
   }
-  template <class Body>
-  __device__ void each_four(const Own& own, const Body& body) const {
-    in_fours<kThreads>(
+  template <int kBatch, class Body>
+  __device__ void in_batches(const Own& own, const Body& body) const {
+    batches<kThreads, kBatch>(
         cols, own, kNoKey, [&](int e) { return key[e]; }, body);
   }
 };

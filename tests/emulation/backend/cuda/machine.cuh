@@ -206,6 +206,17 @@ T& block_object() {
   return *static_cast<T*>(emulation::block_object(&key, sizeof(T)));
 }
 
+class SharedCounters {
+ public:
+  explicit SharedCounters(int* first) : first_(first) {}
+  void add_one(unsigned i, unsigned end) const {
+    if (i < end) ++first_[i];
+  }
+
+ private:
+  int* first_;
+};
+
 /// p, which must be aligned to `bytes`.
 inline const void* aligned_to(const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) emulation::give_up("an access is not aligned");
