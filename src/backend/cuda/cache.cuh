@@ -19,6 +19,11 @@ __device__ inline int64_t place_of(const CacheLayer& c, int64_t head, int64_t po
   return head * c.capacity + position;
 }
 
+/// What scores are multiplied by.
+inline float score_scale(int64_t head_dim) {
+  return static_cast<float>(1 / std::sqrt(static_cast<double>(head_dim)));
+}
+
 struct Most {
   __device__ uint32_t operator()(uint32_t a, uint32_t b) const { return max(a, b); }
 };

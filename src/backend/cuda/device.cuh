@@ -66,11 +66,10 @@ __device__ T warp_reduce(T value, Op op) {
 }
 
 /// op over all threads of the block, in an order that depends on their number alone; `scratch`: one T per
-/// warp.
+/// warp, which nobody has read since the last barrier.
 template <int kThreads, class T, class Op>
 __device__ T block_reduce(T value, T* scratch, Op op) {
   value = warp_reduce(value, op);
-  __syncthreads();
   if (lane() == 0) scratch[warp()] = value;
   __syncthreads();
   T total = scratch[0];

@@ -4,29 +4,18 @@
 // send them to each other.
 #include <algorithm>
 
-#include "backend/cuda/deal.cuh"
-#include "backend/cuda/gemv_types.cuh"
+#include "backend/cuda/channels.cuh"
 #include "backend/cuda/launch.h"
-#include "backend/cuda/row.cuh"
 #include "base/error.h"
 #include "base/quant.h"
 
 namespace larosa::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-
 // A dependent launch puts its blocks where there is room, two on one multiprocessor and none on another if it
 // comes to that: on 66 of an H200's 132 then, and half of the bandwidth is lost. So a block takes more than
 // half of a multiprocessor's shared memory.
 constexpr int64_t kLeastShared = 116 << 10;
-
-struct Lines {
-  const char* data;
-  int64_t line;  // bytes of a channel
-  int padded;    // outputs that it has room for
-  Format format;
-};
 
 struct Part {
   Lines lines;
@@ -36,10 +25,12 @@ struct Part {
   bool accumulate;
 };
 
+static_assert(kMostSkips == 2);  // work_at, gemv_kernel
 struct SkipArgs {
   const float* x;
   Lines lines;
   int cols;
+  Splits splits;
 };
 
 struct Args {
@@ -47,6 +38,7 @@ struct Args {
   int parts;
   Format format;  // of every part
   Deal deal;
+  Splits splits;
   bool paired;  // a tile has the same outputs of both parts
   bool held;    // a block's memory holds the row
   int skips;
@@ -74,126 +66,12 @@ __device__ Place place_of(const Args& a, const Tile& tile, int column) {
   return {p, output - a.part[p].first};
 }
 
-/// What a thread reads: the vector of outputs from `column` of the tile on, of every `step`-th of the block's
-/// own channels. Threads that are left over do what those before them do.
-struct Share {
-  int column;
-  int first, step;
-  bool counts;  // not left over
-};
-__device__ Share share_of(const Tile& tile, int lane) {
-  const int vectors = tile.columns / lane, thread = static_cast<int>(threadIdx.x);
-  const int groups = kThreads / vectors, group = thread / vectors;
-  return {thread % vectors * lane, min(group, groups - 1), groups, group < groups};
-}
-
-/// A thread's vector of channel 0, and the bytes from one channel to the next.
-struct Vector {
-  const char* data;
-  uint32_t line;
-  int extra;  // gemv_types.cuh
-};
-
-/// Up to kAhead of the channels e, e + step, … ; kWhole: all of them are there.
-template <class Type, bool kAll, bool kWhole>
-__device__ void add_batch(const Channels& channels, int e, int step, const Vector& vector,
-                          float (&sum)[Type::kLane]) {
-  constexpr int kAhead = Type::kAhead, kStride = kAll ? kGroup : 1;
-  const auto* const near = reinterpret_cast<const uint32_t*>(block_memory() + channels.near);
-  const auto* const value = reinterpret_cast<const float*>(block_memory() + channels.value);
-  const auto place = [&](int u) { return kWhole ? e + u * step : min(e + u * step, channels.count - 1); };
-  typename Type::Loaded loaded[kAhead];
-#pragma unroll
-  for (int u = 0; u < kAhead; ++u) {
-    const uint32_t channel = kAll ? place(u) : near[place(u)];
-    loaded[u] = Type::load(vector.data + uint64_t{channel} * vector.line, vector.extra);
-  }
-  __syncwarp();  // keeps the loads together: without it each is waited for before the next is issued
-  asm volatile("" : "+r"(e));  // and their places are worked out again: kept, they were spilled
-#pragma unroll
-  for (int u = 0; u < kAhead; ++u) {
-    if (!kWhole && e + u * step >= channels.count) continue;
-    Type::add(loaded[u], value[place(u) * kStride], sum);
-  }
-}
-template <class Type, bool kAll>
-__device__ void add_channels(const Channels& channels, const Share& share, const Vector& vector,
-                             float (&sum)[Type::kLane]) {
-  const int step = share.step;
-  int e = share.first;
-  // Lanes of a warp can belong to two groups; they turn the loop together.
-  const int before = e - __reduce_min_sync(~0u, e), behind = __reduce_max_sync(~0u, e) - e;
-#pragma unroll 1
-  for (; e + behind + (Type::kAhead - 1) * step < channels.count; e += Type::kAhead * step)
-    add_batch<Type, kAll, true>(channels, e, step, vector, sum);
-#pragma unroll 1
-  for (; e - before < channels.count; e += Type::kAhead * step)
-    add_batch<Type, kAll, false>(channels, e, step, vector, sum);
-}
-
-/// Floats from one thread's sums to the next one's: eight threads that write four floats each are in
-/// different banks then.
-__host__ __device__ constexpr int sums_pitch(int lane) {
-  return lane / 4 % 2 == 0 ? lane + 4 : lane;
-}
-/// The thread's sums to shared memory at offset `at`, where the row was. A function of its own: inlined, the
-/// caller's values were spilled and fetched again inside of its loops (2 % of the tokens/s at 50 %), and
-/// every kernel had its own copy for every format.
-template <class Type>
-__device__ __noinline__ void add_vectors(Channels channels, int rank, Share share, Vector vector, int padded,
-                                         int output, int at) {
-  // Vectors beyond the last output read the first one.
-  const int v = output < padded ? output / Type::kLane : 0;
-  vector.data += v * 16;
-  vector.extra = Type::extra(v, padded);
-  float sum[Type::kLane] = {};
-  if (channels.all) {  // of every group of channels the one that is the block's
-    vector.data += rank * vector.line;
-    vector.line *= kGroup;
-    add_channels<Type, true>(channels, share, vector, sum);
-  } else {
-    add_channels<Type, false>(channels, share, vector, sum);
-  }
-  __syncthreads();  // the row has been read
-  constexpr int kPitch = sums_pitch(Type::kLane);
-  auto* const sums = reinterpret_cast<float4*>(block_memory() + at) + threadIdx.x * (kPitch / 4);
-#pragma unroll
-  for (int i = 0; i < Type::kLane; i += 4)
-    sums[i / 4] = share.counts ? float4{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]} : float4{};
-  __syncthreads();
-}
-__device__ void add_format(Format format, const Channels& channels, int rank, const Share& share,
-                           const Lines& lines, int output, int at) {
-  const Vector vector{lines.data, static_cast<uint32_t>(lines.line), 0};
-  const auto add = [&](auto type) {
-    add_vectors<decltype(type)>(channels, rank, share, vector, lines.padded, output, at);
-  };
-  switch (format) {
-    case Format::f32:
-      return add(Plain<float>());
-    case Format::f16:
-      return add(Plain<__half>());
-    case Format::bf16:
-      return add(Plain<__nv_bfloat16>());
-    case Format::int8:
-      return add(Bytes());
-    case Format::int4:
-      return add(Nibbles());
-    case Format::loose_f32:
-      return add(Unaligned<float>());
-    case Format::loose_f16:
-      return add(Unaligned<__half>());
-    default:
-      return add(Unaligned<__nv_bfloat16>());
-  }
-}
-
-/// What a block and its threads do for a tile. All that can be worked out before the row is there, whose
-/// divisions (some 100 cycles each) then wait for it too.
+/// What a block and its threads do for a tile: all that can be worked out before the row is there.
 struct Work {
   Tile tile;
   const Lines* lines;  // of the thread's vector
   Share share;
+  int vectors;     // of the tile
   int output;      // of the thread's vector
   uint64_t* sent;  // the sums of the tile's first output, and from one block's to the next one's
   int pitch;
@@ -206,13 +84,13 @@ __device__ void send_product(const Work& w, int rank, const Channels& channels, 
   const Format format = w.lines->format;
   add_format(format, channels, rank, w.share, *w.lines, w.output, at);
   const auto* const sums = reinterpret_cast<const float*>(block_memory() + at);
-  const int shift = lane_shift(format), pitch = sums_pitch(1 << shift), vectors = w.tile.columns >> shift;
+  const int shift = lane_shift(format), pitch = sums_pitch(1 << shift);
 #pragma unroll 1
-  for (int c = static_cast<int>(threadIdx.x); c < w.tile.columns; c += kThreads) {
+  for (int c = static_cast<int>(threadIdx.x); c < w.tile.columns; c += kGemvThreads) {
     const int v = c >> shift, i = c & ((1 << shift) - 1);
     float total = 0;
 #pragma unroll 8
-    for (int t = v; t < kThreads; t += vectors) total = __fadd_rn(total, sums[t * pitch + i]);
+    for (int t = v; t < kGemvThreads; t += w.vectors) total = __fadd_rn(total, sums[t * pitch + i]);
     const int column = format == Format::int4 ? Nibbles::column(v, i) : c;
     send(w.sent + rank * w.pitch + column, total, w.stamp);
   }
@@ -275,7 +153,7 @@ __device__ void finish(const Args& a, const Work& w, int rank) {
     return sum;
   };
 #pragma unroll 1
-  for (int p = first + static_cast<int>(threadIdx.x); p < min(first + length, tile.half); p += kThreads) {
+  for (int p = first + static_cast<int>(threadIdx.x); p < min(first + length, tile.half); p += kGemvThreads) {
     const float value = output_of(p);
     if (!a.paired) continue;
     const float second = output_of(tile.half + p);
@@ -288,39 +166,43 @@ __host__ __device__ inline int widest_tile(const Args& a) {
   return a.deal.widest() * (a.paired ? 2 : 1);
 }
 
-/// Of tile t of the product's, or of the skips', one skip after the other.
-__device__ Work work_at(const Args& a, bool product, int group, int t) {
-  const Deal& deal = product ? a.deal : a.skip_deal;
+/// Of tile t of the product's, in this round, or of the skips', one skip after the other.
+__device__ Work work_at(const Args& a, bool product, int group, int t, int round) {
   Work w;
-  w.stamp = a.stamp;
   if (product) {
-    w.tile = tile_at(deal, t, a.paired);
-    w.share = share_of(w.tile, lane_of(a.format));
+    w.tile = tile_at(a.deal, t, a.paired);
+    const Split& split = t < a.deal.larger ? a.splits.larger : a.splits.usual;
+    w.share = share_of(split, lane_of(a.format));
+    w.vectors = split.vectors;
     const Place place = place_of(a, w.tile, w.share.column);
     w.lines = &a.part[place.part].lines;
     w.output = place.output;
     // Two places in turn: a block may be in the next tile while another still reads of this one. Not in the
     // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
     // columns, 128 of a pair) is longer than what padding leaves out (127).
-    const int round = t / deal.groups;
-    w.stamp += static_cast<uint32_t>(round);
+    w.stamp = a.stamp + static_cast<uint32_t>(round);
     w.pitch = w.tile.columns;
     w.sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);
   } else {
-    const int skip = t / deal.tiles;
-    w.tile = tile_at(deal, t - skip * deal.tiles, false);
-    w.lines = &a.skip[skip].lines;
-    w.share = share_of(w.tile, lane_of(w.lines->format));
+    const int i = t >= a.skip_deal.tiles;
+    t -= i * a.skip_deal.tiles;
+    const SkipArgs& skip = a.skip[i];
+    w.tile = tile_at(a.skip_deal, t, false);
+    const Split& split = t < a.skip_deal.larger ? skip.splits.larger : skip.splits.usual;
+    w.share = share_of(split, lane_of(skip.lines.format));
+    w.vectors = split.vectors;
+    w.lines = &skip.lines;
     w.output = w.tile.first + w.share.column;
-    w.pitch = deal.outputs();
-    w.sent = a.skip_sent + skip * kGroup * w.pitch + w.tile.first;
+    w.stamp = a.stamp;
+    w.pitch = a.skip_deal.outputs();
+    w.sent = a.skip_sent + i * kGroup * w.pitch + w.tile.first;
   }
   return w;
 }
 
 /// A block of a product, or of the skips: these need no selection, so they read while those still look for
 /// their channels.
-__global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const __grid_constant__ Args a) {
   const int block = static_cast<int>(blockIdx.x), rank = block % kGroup;
   const bool product = block < a.deal.groups * kGroup;
   const Deal& deal = product ? a.deal : a.skip_deal;
@@ -328,29 +210,29 @@ __global__ void __launch_bounds__(kThreads) gemv_kernel(const __grid_constant__ 
   const int end = product ? deal.tiles : deal.tiles * a.skips;
   const RowMemory memory = row_memory(a.in, 0, a.held);
   const int at = product ? sums_at(memory) : 0;
-  if (product) begin_row<kThreads>(a.in, memory);
-  int t = group;
-  Work work = work_at(a, product, group, t);
+  if (product) begin_row<kGemvThreads>(a.in, memory);
+  int t = group, round = 0;
+  Work work = work_at(a, product, group, t, round);
   wait_for_inputs(a.link);
 #pragma unroll 1
   for (;;) {
     Channels channels;
     if (product) {
-      channels = prepare_row<kThreads>(a.in, memory, rank);
+      channels = prepare_row<kGemvThreads>(a.in, memory, rank);
     } else {
-      const SkipArgs& skip = a.skip[t / deal.tiles];
-      fetch_row<kThreads>(skip.x, skip.cols, floats_at(at));
+      const SkipArgs& skip = a.skip[t >= deal.tiles];
+      fetch_row<kGemvThreads>(skip.x, skip.cols, floats_at(at));
       wait_for_row();
       channels = {true, 0, at + rank * 4, Own{rank, kGroup}.count(skip.cols)};
     }
     start_next();  // not before: what it does there would hold the row up
     send_product(work, rank, channels, at);
     if (product) finish(a, work, rank);
-    t += deal.groups;
+    t += deal.groups, ++round;
     if (t >= end) break;
     // Sums took the row's place and keys that of their weights: every further tile makes it all again.
-    if (product) begin_row<kThreads>(a.in, memory);
-    work = work_at(a, product, group, t);
+    if (product) begin_row<kGemvThreads>(a.in, memory);
+    work = work_at(a, product, group, t, round);
   }
   signal(a.link);
 }
@@ -372,7 +254,7 @@ Lines lines_of(const Weight& w) {
 }
 
 int64_t sums_bytes(Format f) {
-  return int64_t{kThreads} * sums_pitch(lane_of(f)) * 4;
+  return int64_t{kGemvThreads} * sums_pitch(lane_of(f)) * 4;
 }
 /// A block's memory for a product.
 int64_t shared_bytes(const Input& in, bool held, Format format) {
@@ -438,7 +320,7 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   int lane = 1 << 30;
   for (const Skip& skip : skips) {
     const SkipArgs& args =
-        a.skip[a.skips++] = {skip.x, lines_of(skip.weight), static_cast<int>(skip.weight.in)};
+        a.skip[a.skips++] = {skip.x, lines_of(skip.weight), static_cast<int>(skip.weight.in), {}};
     a.skip_deal.granule = std::max(a.skip_deal.granule, granule_of(args.lines.format));
     lane = std::min(lane, lane_of(args.lines.format));
     skip_bytes += static_cast<double>(skip.weight.line_bytes() * skip.weight.in);
@@ -451,11 +333,14 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
     a.skip_deal.granules = (static_cast<int>(skips[0].weight.out) + granule - 1) / granule;
     a.skip_deal.groups =
         std::min(skip_groups(groups, a.deal, bytes, a.skip_deal, skip_bytes), a.skip_deal.granules);
-    deal_out(a.skip_deal, kThreads, lane, false);
+    deal_out(a.skip_deal, kGemvThreads, lane, false);
+    for (SkipArgs& skip : std::span(a.skip, static_cast<size_t>(a.skips)))
+      skip.splits = splits_of(a.skip_deal, kGemvThreads, lane_of(skip.lines.format), false);
     a.deal.groups -= a.skip_deal.groups;
   }
-  deal_out(a.deal, kThreads, lane_of(a.format), a.paired);
+  deal_out(a.deal, kGemvThreads, lane_of(a.format), a.paired);
   a.deal.groups = std::min(a.deal.tiles, a.deal.groups);
+  a.splits = splits_of(a.deal, kGemvThreads, lane_of(a.format), a.paired);
   const int blocks = kGroup * (a.deal.groups + a.skip_deal.groups);
   const int64_t skip_sent = int64_t{kGroup} * a.skips * a.skip_deal.outputs();
   CHECK(int64_t{2} * a.deal.groups * kGroup * widest_tile(a) + skip_sent <= kMostSent);
@@ -467,7 +352,7 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   }
   a.stamp = chain.stamps(static_cast<uint32_t>((a.deal.tiles + a.deal.groups - 1) / a.deal.groups));
   a.link = chain.link(s);
-  launch_kernel(s, gemv_kernel, blocks, kThreads,
+  launch_kernel(s, gemv_kernel, blocks, kGemvThreads,
                 std::max(shared, std::min<int64_t>(kLeastShared, s.shared_bytes)), a);
   chain.launched(static_cast<unsigned>(blocks));
 }

@@ -20,7 +20,7 @@ bool may_depend(void (*kernel)(Params...)) {
 template <class... Params>
 void launch_kernel(const Stream& s, void (*kernel)(Params...), dim3 blocks, dim3 threads, int64_t shared,
                    const Params&... params) {
-  constexpr int64_t kUsual = 36 << 10;  // a block has 48 KB unless it asks for more
+  constexpr int64_t kUsual = (48 << 10) - kStaticShared;  // a block has 48 KB unless it asks for more
   if (shared > kUsual) {
     static std::mutex mutex;                             // engines of several threads launch the same kernels
     static std::set<std::pair<int, const void*>> asked;  // kernels of these parameters

@@ -42,6 +42,10 @@ struct Own {
   __device__ bool has(int e) const { return e % of == first; }
 };
 
+/// Bins of a pass, which finds so many bits of the cut. Four thousand around the last cut hold an entry each
+/// at most (4096 entries) or a few: only if the cut's own has more are they ranked, which takes another pass.
+inline constexpr int kBinBits = 12, kBins = 1 << kBinBits;
+
 template <int kThreads>
 struct SelectScratch {
   static constexpr int kWarps = kThreads / kWarp;
@@ -50,7 +54,7 @@ struct SelectScratch {
   float reduced[kWarps];
   int guess;
   // find_cut's, cleared before each pass:
-  int bin[kThreads];
+  alignas(16) int bin[kBins];
   int found, rank, held;  // the bin that the cut is in, or -1; entries of it to be kept, and all
   int members, member[kWarp];
 };
@@ -80,18 +84,21 @@ __device__ inline Rule rule_of(const Input& in) {
   return {in.select, in.cols, in.keep, in.cut, in.guess, in.masked, in.kept};
 }
 
+/// A thread's bins, from the top.
+template <int kThreads>
+__device__ int4* own_bins() {
+  static_assert(kBins / kThreads % 4 == 0);
+  return reinterpret_cast<int4*>(select_scratch<kThreads>().bin) +
+         (kThreads - 1 - threadIdx.x) * (kBins / kThreads / 4);
+}
 /// Before a barrier, and before find_cut_near.
 template <int kThreads>
 __device__ void clear_bins() {
   auto& s = select_scratch<kThreads>();
-  s.bin[threadIdx.x] = 0;
+#pragma unroll
+  for (int i = 0; i < kBins / kThreads / 4; ++i) own_bins<kThreads>()[i] = {0, 0, 0, 0};
   if (threadIdx.x == 0) s.found = -1, s.members = 0;
 }
-
-/// A pass has a bin for each thread: it finds so many bits of the cut.
-template <int kThreads>
-inline constexpr int kBinBits = kThreads == 1024 ? 10 : 9;
-static_assert(1 << kBinBits<512> == 512 && 1 << kBinBits<1024> == 1024);
 
 /// The bin that a cut is in, of `1 << shift` keys from `base` on: entries that it holds, and how many of them
 /// are kept; held 0: the cut is in no bin.
@@ -99,29 +106,35 @@ struct Bin {
   int base, held, rank;
 };
 
-/// The bin of the cut that keeps `keep` entries, of one bin per thread from `low` on. One pass counts, and
-/// one barrier and a sum over the bins find it. Bins are clear before; after, for the next pass, they are
-/// not.
+/// The bin of the cut that keeps `keep` entries, of kBins from `low` on. One pass counts, and one barrier and
+/// a sum over the bins find it. Bins are clear before; after, for the next pass, they are not.
 template <int kThreads, class Row>
 __device__ Bin bin_of_cut(const Row& row, int keep, int low, int shift) {
   constexpr int kWarps = kThreads / kWarp;
   auto& s = select_scratch<kThreads>();
-  const unsigned span = (static_cast<unsigned>(kThreads) << shift) - 1;
+  const unsigned span = (static_cast<unsigned>(kBins) << shift) - 1;
   const int last = low + static_cast<int>(min(span, static_cast<unsigned>(kNanKey - low)));
   const SharedCounters bins(s.bin);
   int above = 0;
   row.template in_batches<4>(Own(), [&](int, const int(&key)[4], unsigned) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      bins.add_one(static_cast<unsigned>(key[i] - low) >> shift, kThreads);  // a lower key has no bin
+      bins.add_one(static_cast<unsigned>(key[i] - low) >> shift, kBins);  // a lower key has no bin
       above += key[i] > last;
     }
   });
   above = __reduce_add_sync(~0u, above);
   if (lane() == 0) s.warp_sum[warp()] = above;
   __syncthreads();
-  const int bin = kThreads - 1 - static_cast<int>(threadIdx.x);  // from the top
-  const int own = s.bin[bin];
+  constexpr int kOwn = kBins / kThreads;
+  int count[kOwn], own = 0;  // from the top
+#pragma unroll
+  for (int i = 0; i < kOwn / 4; ++i) {
+    const int4 four = own_bins<kThreads>()[kOwn / 4 - 1 - i];
+    count[4 * i] = four.w, count[4 * i + 1] = four.z, count[4 * i + 2] = four.y, count[4 * i + 3] = four.x;
+  }
+#pragma unroll
+  for (const int n : count) own += n;
   int through = own;
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
@@ -132,9 +145,16 @@ __device__ Bin bin_of_cut(const Row& row, int keep, int low, int shift) {
   __syncthreads();
   through += before_warp(s.warp_sum, kWarps) + before_warp(s.warp_ties, warp());
   if (through - own < keep && keep <= through) {
-    s.found = bin;
-    s.rank = keep - (through - own);
-    s.held = own;
+    int wanted = keep - (through - own);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (0 < wanted && wanted <= count[i]) {
+        s.found = kBins - 1 - static_cast<int>(threadIdx.x) * kOwn - i;
+        s.rank = wanted;
+        s.held = count[i];
+      }
+      wanted -= count[i];
+    }
   }
   __syncthreads();
   if (s.found < 0) return {0, 0, 0};
@@ -167,8 +187,8 @@ __device__ Cut ranked_cut(const Row& row, const Bin& bin, int shift) {
   return ties == __shfl_sync(~0u, equal, source) ? Cut{key - 1, 0} : Cut{key, ties};
 }
 
-/// The cut that keeps exactly `keep` of the row's entries, 0 < keep < cols, among one bin per thread of
-/// `1 << shift` keys from `low` on; then in the one that has it, until what is left can be ranked. Bins are
+/// The cut that keeps exactly `keep` of the row's entries, 0 < keep < cols, among kBins of `1 << shift` keys
+/// from `low` on; then in the one that has it, until what is left can be ranked. Bins are
 /// cleared here. Not inlined: decoding hardly ever comes here, and its own code stays together.
 template <int kThreads, class Row>
 __device__ __noinline__ Cut find_cut(Row row, int keep, int low, int shift) {
@@ -181,24 +201,24 @@ __device__ __noinline__ Cut find_cut(Row row, int keep, int low, int shift) {
     if (bin.rank == bin.held) return {bin.base - 1, 0};
     if (bin.held <= kWarp) return ranked_cut<kThreads>(row, bin, shift);
     if (shift == 0) return {bin.base, bin.rank};
-    low = bin.base, shift = max(shift - kBinBits<kThreads>, 0);
+    low = bin.base, shift = max(shift - kBinBits, 0);
   }
 }
-/// The same without a guess: among all halves of octaves, with 1024 threads quarters.
+/// The same without a guess: among all sixteenths of octaves.
 template <int kThreads, class Row>
 __device__ Cut find_cut(const Row& row, int keep) {
-  return find_cut<kThreads>(row, keep, 0, 31 - kBinBits<kThreads>);
+  return find_cut<kThreads>(row, keep, 0, 31 - kBinBits);
 }
 /// The same from a guess, a key near the cut: it decides how many passes are made, not what is found. The
 /// first one is made over `first`, the same row. Bins are clear.
 template <int kThreads, class Row, class First>
 __device__ Cut find_cut_near(const Row& row, const First& first, int keep, int guess) {
-  constexpr int kNear = 13;  // with 512 threads a quarter of an octave to each side
-  const Bin bin = bin_of_cut<kThreads>(first, keep, max(guess - (kThreads << kNear) / 2, 1), kNear);
+  constexpr int kNear = 10;  // a quarter of an octave to each side
+  const Bin bin = bin_of_cut<kThreads>(first, keep, max(guess - (kBins << kNear) / 2, 1), kNear);
   if (bin.held == 0) return find_cut<kThreads>(row, keep);
   if (bin.rank == bin.held) return {bin.base - 1, 0};
   if (bin.held <= kWarp) return ranked_cut<kThreads>(row, bin, kNear);
-  return find_cut<kThreads>(row, keep, bin.base, kNear - kBinBits<kThreads>);
+  return find_cut<kThreads>(row, keep, bin.base, 0);
 }
 
 /// What a rule keeps of a row.
@@ -225,6 +245,7 @@ __device__ int count_kept(const Row& row, const Rule& rule, const Cut& cut) {
   if (rule.select == Selects::topk) return rule.keep;
   int above = 0;
   row.template each<4>([&](int, int key) { above += key > cut.key; });
+  __syncthreads();
   return block_reduce<kThreads>(above, select_scratch<kThreads>().warp_sum, Add());
 }
 

@@ -16,6 +16,7 @@ __global__ void __launch_bounds__(kThreads) softmax_kernel(Mat x) {
   top = block_reduce<kThreads>(top, reduced, Larger());
   float sum = 0;
   for (int64_t i = threadIdx.x; i < x.cols; i += kThreads) sum += expf(row[i] - top);
+  __syncthreads();
   sum = block_reduce<kThreads>(sum, reduced, Add());
   const float total = logf(sum);
   for (int64_t i = threadIdx.x; i < x.cols; i += kThreads) row[i] = __fsub_rn(__fsub_rn(row[i], top), total);

@@ -1,0 +1,135 @@
+// The loop over a block's channels: what a thread reads of them, and adds.
+#pragma once
+
+#include "backend/cuda/deal.cuh"
+#include "backend/cuda/gemv_types.cuh"
+#include "backend/cuda/row.cuh"
+
+namespace larosa::cuda {
+
+/// Threads of a product's block.
+inline constexpr int kGemvThreads = 512;
+
+struct Lines {
+  const char* data;
+  int64_t line;  // bytes of a channel
+  int padded;    // outputs that it has room for
+  Format format;
+};
+
+/// What a thread reads: the vector of outputs from `column` of the tile on, of every `step`-th of the block's
+/// own channels. Threads that are left over do what those before them do.
+struct Share {
+  int column;
+  int first, step;
+  bool counts;  // not left over
+};
+__device__ inline Share share_of(const Split& split, int lane) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const int group = static_cast<int>(threadIdx.x * split.magic >> 20);
+  return {(thread - group * split.vectors) * lane, min(group, split.groups - 1), split.groups,
+          group < split.groups};
+}
+
+/// A thread's vector of channel 0, and the bytes from one channel to the next.
+struct Vector {
+  const char* data;
+  uint32_t line;
+  int extra;  // gemv_types.cuh
+};
+
+/// Up to kAhead of the channels e, e + step, … ; kWhole: all of them are there.
+template <class Type, bool kAll, bool kWhole>
+__device__ void add_batch(const Channels& channels, int e, int step, const Vector& vector,
+                          float (&sum)[Type::kLane]) {
+  constexpr int kAhead = Type::kAhead, kStride = kAll ? kGroup : 1;
+  const auto* const near = reinterpret_cast<const uint32_t*>(block_memory() + channels.near);
+  const auto* const value = reinterpret_cast<const float*>(block_memory() + channels.value);
+  const auto place = [&](int u) { return kWhole ? e + u * step : min(e + u * step, channels.count - 1); };
+  typename Type::Loaded loaded[kAhead];
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    const uint32_t channel = kAll ? place(u) : near[place(u)];
+    loaded[u] = Type::load(vector.data + uint64_t{channel} * vector.line, vector.extra);
+  }
+  __syncwarp();  // keeps the loads together: without it each is waited for before the next is issued
+  asm volatile("" : "+r"(e));  // and their places are worked out again: kept, they were spilled
+#pragma unroll
+  for (int u = 0; u < kAhead; ++u) {
+    if (!kWhole && e + u * step >= channels.count) continue;
+    Type::add(loaded[u], value[place(u) * kStride], sum);
+  }
+}
+template <class Type, bool kAll>
+__device__ void add_channels(const Channels& channels, const Share& share, const Vector& vector,
+                             float (&sum)[Type::kLane]) {
+  const int step = share.step;
+  int e = share.first;
+  // Lanes of a warp can belong to two groups; they turn the loop together.
+  const int before = e - __reduce_min_sync(~0u, e), behind = __reduce_max_sync(~0u, e) - e;
+#pragma unroll 1
+  for (; e + behind + (Type::kAhead - 1) * step < channels.count; e += Type::kAhead * step)
+    add_batch<Type, kAll, true>(channels, e, step, vector, sum);
+#pragma unroll 1
+  for (; e - before < channels.count; e += Type::kAhead * step)
+    add_batch<Type, kAll, false>(channels, e, step, vector, sum);
+}
+
+/// Floats from one thread's sums to the next one's: eight threads that write four floats each are in
+/// different banks then.
+__host__ __device__ constexpr int sums_pitch(int lane) {
+  return lane / 4 % 2 == 0 ? lane + 4 : lane;
+}
+/// The thread's sums to shared memory at offset `at`, where the row was. A function of its own: inlined, the
+/// caller's values were spilled and fetched again inside of its loops (2 % of the tokens/s at 50 %), and
+/// every kernel had its own copy for every format.
+template <class Type>
+__device__ __noinline__ void add_vectors(Channels channels, int rank, Share share, Vector vector, int padded,
+                                         int output, int at) {
+  // Vectors beyond the last output read the first one.
+  const int v = output < padded ? output / Type::kLane : 0;
+  vector.data += v * 16;
+  vector.extra = Type::extra(v, padded);
+  float sum[Type::kLane] = {};
+  if (channels.all) {  // of every group of channels the one that is the block's
+    vector.data += rank * vector.line;
+    vector.line *= kGroup;
+    add_channels<Type, true>(channels, share, vector, sum);
+  } else {
+    add_channels<Type, false>(channels, share, vector, sum);
+  }
+  __syncthreads();  // the row has been read
+  constexpr int kPitch = sums_pitch(Type::kLane);
+  auto* const sums = reinterpret_cast<float4*>(block_memory() + at) + threadIdx.x * (kPitch / 4);
+#pragma unroll
+  for (int i = 0; i < Type::kLane; i += 4)
+    sums[i / 4] = share.counts ? float4{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]} : float4{};
+  __syncthreads();
+}
+__device__ inline void add_format(Format format, const Channels& channels, int rank, const Share& share,
+                                  const Lines& lines, int output, int at) {
+  const Vector vector{lines.data, static_cast<uint32_t>(lines.line), 0};
+  const auto add = [&](auto type) {
+    add_vectors<decltype(type)>(channels, rank, share, vector, lines.padded, output, at);
+  };
+  switch (format) {
+    case Format::f32:
+      return add(Plain<float>());
+    case Format::f16:
+      return add(Plain<__half>());
+    case Format::bf16:
+      return add(Plain<__nv_bfloat16>());
+    case Format::int8:
+      return add(Bytes());
+    case Format::int4:
+      return add(Nibbles());
+    case Format::loose_f32:
+      return add(Unaligned<float>());
+    case Format::loose_f16:
+      return add(Unaligned<__half>());
+    default:
+      return add(Unaligned<__nv_bfloat16>());
+  }
+}
+
+}  // namespace larosa::cuda
