@@ -11,7 +11,7 @@
 namespace larosa::cuda {
 namespace {
 
-// 64 positions of 128 entries are two times four vectors of keys per thread, and eight of values.
+// 64 positions of 128 entries are eight vectors of keys per thread, and eight of values.
 constexpr int kThreads = 256, kSharers = 8, kEarly = 8;
 
 struct Step {
@@ -195,32 +195,44 @@ __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant
   for (int u = 0; u < kEarly; ++u)
     if (line + u * lines < stop) early[u] = value[(line + u * lines) * vectors];
 
-  // Scores: kSharers threads per position; the lanes of a warp turn the loop together.
-  constexpr int kPositions = kWarp / kSharers;
+  // Scores: kSharers threads per position, two positions at once, so that 64 are one wait; the lanes of a
+  // warp turn the loop together.
+  constexpr int kPositions = kWarp / kSharers, kApart = kThreads / kSharers;
   for (int j = static_cast<int>(threadIdx.x) / kSharers;
-       j < (count + kPositions - 1) / kPositions * kPositions; j += kThreads / kSharers) {
-    float dot[kHeads] = {}, unit = 1;
-    if (j < count) {
-      const int64_t place = place_of(a.cache, kv_head, begin + j);
-      const T* key = keys + place * width;
-      if constexpr (kLevels<T>) unit = a.cache.key_scales[place];
+       j < (count + kPositions - 1) / kPositions * kPositions; j += 2 * kApart) {
+    float dot[2][kHeads] = {}, unit[2] = {1, 1};
+    const T* key[2];
+#pragma unroll
+    for (int u = 0; u < 2; ++u) {
+      const int64_t at = place_of(a.cache, kv_head, begin + min(j + u * kApart, count - 1));
+      key[u] = keys + at * width;
+      if constexpr (kLevels<T>) unit[u] = a.cache.key_scales[at];
+    }
 #pragma unroll 4
-      for (int e = static_cast<int>(threadIdx.x) % kSharers * kVector; e < width; e += kSharers * kVector) {
-        const Vector k = *reinterpret_cast<const Vector*>(key + e);
+    for (int e = static_cast<int>(threadIdx.x) % kSharers * kVector; e < width; e += kSharers * kVector) {
+      Vector k[2];
 #pragma unroll
-        for (int h = 0; h < kHeads; ++h) {
+      for (int u = 0; u < 2; ++u) k[u] = *reinterpret_cast<const Vector*>(key[u] + e);
 #pragma unroll
-          for (int i = 0; i < kVector; ++i) dot[h] = fmaf(q[h * width + e + i], widen(k.element[i]), dot[h]);
+      for (int h = 0; h < kHeads; ++h) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          const float x = q[h * width + e + i];
+          dot[0][h] = fmaf(x, widen(k[0].element[i]), dot[0][h]);
+          dot[1][h] = fmaf(x, widen(k[1].element[i]), dot[1][h]);
         }
       }
     }
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      float score = dot[h];
+    for (int u = 0; u < 2; ++u) {
 #pragma unroll
-      for (int step = 1; step < kSharers; step *= 2) score += __shfl_xor_sync(~0u, score, step);
-      if constexpr (kLevels<T>) score *= unit;
-      if (j < count && threadIdx.x % kSharers == 0) weight[h * a.per + j] = score;
+      for (int h = 0; h < kHeads; ++h) {
+        float score = dot[u][h];
+#pragma unroll
+        for (int step = 1; step < kSharers; step *= 2) score += __shfl_xor_sync(~0u, score, step);
+        if constexpr (kLevels<T>) score *= unit[u];
+        if (j + u * kApart < count && threadIdx.x % kSharers == 0) weight[h * a.per + j + u * kApart] = score;
+      }
     }
   }
   __syncthreads();

@@ -15,7 +15,7 @@ namespace {
 // A dependent launch puts its blocks where there is room, two on one multiprocessor and none on another if it
 // comes to that: on 66 of an H200's 132 then, and half of the bandwidth is lost. So a block takes more than
 // half of a multiprocessor's shared memory.
-constexpr int64_t kLeastShared = 116 << 10;
+constexpr int64_t kLeastShared = (117 << 10) - kStaticShared;
 
 struct Part {
   Lines lines;
@@ -135,30 +135,42 @@ __device__ float receive_sum(const Args& a, const Work& w, int column, int outpu
   return __fadd_rn(sum_of(part), skipped);
 }
 
+/// Of a tile of two parts both sums of an output, which come together.
+__device__ void receive_pair(const Work& w, int column, float& first, float& second) {
+  const uint64_t* const sent = w.sent + column;
+  float part[kGroup], other[kGroup];
+  while (!(receive_parts(sent, w.pitch, w.stamp, part) &
+           receive_parts(sent + w.tile.half, w.pitch, w.stamp, other))) {
+  }
+  first = sum_of(part), second = sum_of(other);
+}
+
 /// What came of the tile to this block's outputs: sum, bias and y before, in this order.
 __device__ void finish(const Args& a, const Work& w, int rank) {
   const Tile& tile = w.tile;
   const int length = (tile.half + kGroup - 1) / kGroup, first = rank * length;
-  const auto output_of = [&](int column) {
-    const Place place = place_of(a, tile, column);
+#pragma unroll 1
+  for (int p = first + static_cast<int>(threadIdx.x); p < min(first + length, tile.half); p += kGemvThreads) {
+    const Place place = place_of(a, tile, p);
     const Part& part = a.part[place.part];
-    if (place.output >= part.out) return 0.0f;
+    if (place.output >= part.out) continue;
     float* const y = part.y + place.output;
     const float bias = part.bias ? __ldg(part.bias + place.output) : 0,
                 before = part.accumulate ? __ldcg(y) : 0;
-    float sum = receive_sum(a, w, column, place.output);
+    float sum, second = 0;
+    if (a.paired) {
+      receive_pair(w, p, sum, second);
+    } else {
+      sum = receive_sum(a, w, p, place.output);
+    }
     if (part.bias) sum = __fadd_rn(sum, bias);
     if (part.accumulate) sum = __fadd_rn(sum, before);
     *y = sum;
-    return sum;
-  };
-#pragma unroll 1
-  for (int p = first + static_cast<int>(threadIdx.x); p < min(first + length, tile.half); p += kGemvThreads) {
-    const float value = output_of(p);
     if (!a.paired) continue;
-    const float second = output_of(tile.half + p);
-    const int output = tile.first + p;
-    if (output < a.part[0].out) a.glu.mid[output] = gated(value, second, a.glu.activation);
+    const Part& other = a.part[1];
+    if (other.bias) second = __fadd_rn(second, __ldg(other.bias + place.output));
+    other.y[place.output] = second;
+    a.glu.mid[place.output] = gated(sum, second, a.glu.activation);
   }
 }
 
@@ -304,6 +316,7 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   a.glu = glu;
   a.format = format_of(products[0].weight);
   a.paired = glu.mid != nullptr;
+  CHECK(!a.paired || (products.size() == 2 && !products[1].accumulate));
   a.held = gemv_fuses(s, in, products[0].weight);
   if (!a.held && in.cols > gemv_longest(s))
     fail("cuda: a row of ", in.cols, " entries is too long, expected at most ", gemv_longest(s));
