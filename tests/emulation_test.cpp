@@ -135,7 +135,7 @@ TEST_F(Emulation, SparseEqualsDenseOfMaskedRow) {
           }
         }
         in.guess = nullptr;
-        for (const int shared : {device.stream.shared_bytes, 0}) {  // the row in a block's memory, or not
+        for (const int shared : {device.stream.shared_bytes, 16 << 10}) {  // the row in a block's memory, or not
           cuda::Stream stream = device.stream;
           stream.shared_bytes = shared;
           const Rows alone(1, n);

@@ -21,7 +21,7 @@ struct Stream {
 };
 
 /// Room for what kernels declare themselves.
-inline constexpr int kStaticShared = 18432;
+inline constexpr int kStaticShared = 10240;
 
 /// True when the kernels in use wait for each other themselves: they were not compiled for a device before
 /// compute capability 9.0.

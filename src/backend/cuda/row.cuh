@@ -106,7 +106,9 @@ __host__ __device__ inline RowMemory row_memory(const Input& in, int at, bool he
     m.row = m.list;
     m.list += padded_bytes(in.cols, 4);
   }
-  m.end = m.list + list_bytes(in.cols);
+  const int list = list_bytes(in.cols);
+  m.end =
+      m.list + (held && in.select == Selects::topk && list < kBinBytes ? kBinBytes : list);  // bins before
   return m;
 }
 /// Where sums can stand, once row and list have been read.
@@ -149,7 +151,7 @@ __device__ int choose(const Row& row, const Cut& cut, const Rule& rule, int list
 template <int kThreads>
 __device__ Cut keyed_cut(const KeyingRow<kThreads>& first, const KeyedRow<kThreads>& row, const Rule& rule,
                          int guess) {
-  if (guess > 0 && searched(rule)) return find_cut_near<kThreads>(row, first, rule.keep, guess);
+  if (guess > 0 && searched(rule)) return find_cut_near<kThreads>(row, first, rule.bins, rule.keep, guess);
   first.template in_batches<4>(Own(), [](int, const int(&)[4], unsigned) {});
   __syncthreads();  // a cut that is not searched for has no barrier before keys of others are read
   return cut_of<kThreads>(row, rule);
@@ -178,7 +180,7 @@ template <int kThreads>
 __device__ Channels prepare_row(const Input& in, const RowMemory& memory, int rank) {
   Channels channels{false, memory.list, memory.list + list_bytes(in.cols) / 2, 0};
   if (memory.row < 0) {
-    channels.count = choose_all<kThreads>(rule_of(in), memory, in.x, rank);
+    channels.count = choose_all<kThreads>(rule_of(in, memory.list), memory, in.x, rank);
     return channels;
   }
   // Once for a block, since the first one may leave the next guess meanwhile; with the row, since a thread
@@ -205,9 +207,9 @@ __device__ Channels prepare_row(const Input& in, const RowMemory& memory, int ra
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads)
       full &= __float_as_uint(values[own.entry(i)]) != 0;
     if (__syncthreads_and(full)) return {true, 0, memory.row + rank * 4, count};
-    channels.count = choose_all<kThreads>(rule_of(in), memory, nullptr, rank);
+    channels.count = choose_all<kThreads>(rule_of(in, memory.list), memory, nullptr, rank);
   } else {
-    channels.count = choose_keyed<kThreads>(rule_of(in), memory, normed, factor, rank);
+    channels.count = choose_keyed<kThreads>(rule_of(in, memory.list), memory, normed, factor, rank);
     leave_row<kThreads>(in, values);
   }
   return channels;
@@ -218,7 +220,7 @@ template <int kThreads>
 __device__ void begin_row(const Input& in, const RowMemory& memory) {
   if (memory.gain >= 0) fetch_row<kThreads>(in.gain, in.cols, floats_at(memory.gain));
   if (memory.scaled) fetch_row<kThreads>(in.scale, in.cols, floats_at(memory.keys));
-  clear_bins<kThreads>();
+  if (in.select == Selects::topk && memory.row >= 0) clear_bins<kThreads>(memory.list);
 }
 
 }  // namespace larosa::cuda

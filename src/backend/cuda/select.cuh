@@ -44,7 +44,7 @@ struct Own {
 
 /// Bins of a pass, which finds so many bits of the cut. Four thousand around the last cut hold an entry each
 /// at most (4096 entries) or a few: only if the cut's own has more are they ranked, which takes another pass.
-inline constexpr int kBinBits = 12, kBins = 1 << kBinBits;
+inline constexpr int kBinBits = 12, kBins = 1 << kBinBits, kBinBytes = kBins * 4;
 
 template <int kThreads>
 struct SelectScratch {
@@ -53,8 +53,7 @@ struct SelectScratch {
   int warp_sum[kWarps], warp_ties[kWarps];
   float reduced[kWarps];
   int guess;
-  // find_cut's, cleared before each pass:
-  alignas(16) int bin[kBins];
+  // find_cut's, cleared before each pass, with its bins:
   int found, rank, held;  // the bin that the cut is in, or -1; entries of it to be kept, and all
   int members, member[kWarp];
 };
@@ -79,24 +78,25 @@ struct Rule {
   int32_t* guess;
   float* masked;
   int32_t* kept;
+  int bins;  // offset of kBins in the block's memory, where a list may come later
 };
-__device__ inline Rule rule_of(const Input& in) {
-  return {in.select, in.cols, in.keep, in.cut, in.guess, in.masked, in.kept};
+__device__ inline Rule rule_of(const Input& in, int bins) {
+  return {in.select, in.cols, in.keep, in.cut, in.guess, in.masked, in.kept, bins};
 }
 
 /// A thread's bins, from the top.
 template <int kThreads>
-__device__ int4* own_bins() {
+__device__ int4* own_bins(int bins) {
   static_assert(kBins / kThreads % 4 == 0);
-  return reinterpret_cast<int4*>(select_scratch<kThreads>().bin) +
+  return reinterpret_cast<int4*>(block_memory() + bins) +
          (kThreads - 1 - threadIdx.x) * (kBins / kThreads / 4);
 }
 /// Before a barrier, and before find_cut_near.
 template <int kThreads>
-__device__ void clear_bins() {
+__device__ void clear_bins(int bins) {
   auto& s = select_scratch<kThreads>();
 #pragma unroll
-  for (int i = 0; i < kBins / kThreads / 4; ++i) own_bins<kThreads>()[i] = {0, 0, 0, 0};
+  for (int i = 0; i < kBins / kThreads / 4; ++i) own_bins<kThreads>(bins)[i] = {0, 0, 0, 0};
   if (threadIdx.x == 0) s.found = -1, s.members = 0;
 }
 
@@ -109,17 +109,17 @@ struct Bin {
 /// The bin of the cut that keeps `keep` entries, of kBins from `low` on. One pass counts, and one barrier and
 /// a sum over the bins find it. Bins are clear before; after, for the next pass, they are not.
 template <int kThreads, class Row>
-__device__ Bin bin_of_cut(const Row& row, int keep, int low, int shift) {
+__device__ Bin bin_of_cut(const Row& row, int bins, int keep, int low, int shift) {
   constexpr int kWarps = kThreads / kWarp;
   auto& s = select_scratch<kThreads>();
   const unsigned span = (static_cast<unsigned>(kBins) << shift) - 1;
   const int last = low + static_cast<int>(min(span, static_cast<unsigned>(kNanKey - low)));
-  const SharedCounters bins(s.bin);
+  const SharedCounters counters(reinterpret_cast<int*>(block_memory() + bins));
   int above = 0;
   row.template in_batches<4>(Own(), [&](int, const int(&key)[4], unsigned) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      bins.add_one(static_cast<unsigned>(key[i] - low) >> shift, kBins);  // a lower key has no bin
+      counters.add_one(static_cast<unsigned>(key[i] - low) >> shift, kBins);  // a lower key has no bin
       above += key[i] > last;
     }
   });
@@ -130,7 +130,7 @@ __device__ Bin bin_of_cut(const Row& row, int keep, int low, int shift) {
   int count[kOwn], own = 0;  // from the top
 #pragma unroll
   for (int i = 0; i < kOwn / 4; ++i) {
-    const int4 four = own_bins<kThreads>()[kOwn / 4 - 1 - i];
+    const int4 four = own_bins<kThreads>(bins)[kOwn / 4 - 1 - i];
     count[4 * i] = four.w, count[4 * i + 1] = four.z, count[4 * i + 2] = four.y, count[4 * i + 3] = four.x;
   }
 #pragma unroll
@@ -191,13 +191,13 @@ __device__ Cut ranked_cut(const Row& row, const Bin& bin, int shift) {
 /// from `low` on; then in the one that has it, until what is left can be ranked. Bins are
 /// cleared here. Not inlined: decoding hardly ever comes here, and its own code stays together.
 template <int kThreads, class Row>
-__device__ __noinline__ Cut find_cut(Row row, int keep, int low, int shift) {
+__device__ __noinline__ Cut find_cut(Row row, int bins, int keep, int low, int shift) {
 #pragma unroll 1
   for (;;) {
     __syncthreads();  // everybody has read where the cut was
-    clear_bins<kThreads>();
+    clear_bins<kThreads>(bins);
     __syncthreads();
-    const Bin bin = bin_of_cut<kThreads>(row, keep, low, shift);
+    const Bin bin = bin_of_cut<kThreads>(row, bins, keep, low, shift);
     if (bin.rank == bin.held) return {bin.base - 1, 0};
     if (bin.held <= kWarp) return ranked_cut<kThreads>(row, bin, shift);
     if (shift == 0) return {bin.base, bin.rank};
@@ -206,19 +206,19 @@ __device__ __noinline__ Cut find_cut(Row row, int keep, int low, int shift) {
 }
 /// The same without a guess: among all sixteenths of octaves.
 template <int kThreads, class Row>
-__device__ Cut find_cut(const Row& row, int keep) {
-  return find_cut<kThreads>(row, keep, 0, 31 - kBinBits);
+__device__ Cut find_cut(const Row& row, int bins, int keep) {
+  return find_cut<kThreads>(row, bins, keep, 0, 31 - kBinBits);
 }
 /// The same from a guess, a key near the cut: it decides how many passes are made, not what is found. The
 /// first one is made over `first`, the same row. Bins are clear.
 template <int kThreads, class Row, class First>
-__device__ Cut find_cut_near(const Row& row, const First& first, int keep, int guess) {
+__device__ Cut find_cut_near(const Row& row, const First& first, int bins, int keep, int guess) {
   constexpr int kNear = 10;  // a quarter of an octave to each side
-  const Bin bin = bin_of_cut<kThreads>(first, keep, max(guess - (kBins << kNear) / 2, 1), kNear);
-  if (bin.held == 0) return find_cut<kThreads>(row, keep);
+  const Bin bin = bin_of_cut<kThreads>(first, bins, keep, max(guess - (kBins << kNear) / 2, 1), kNear);
+  if (bin.held == 0) return find_cut<kThreads>(row, bins, keep);
   if (bin.rank == bin.held) return {bin.base - 1, 0};
   if (bin.held <= kWarp) return ranked_cut<kThreads>(row, bin, kNear);
-  return find_cut<kThreads>(row, keep, bin.base, 0);
+  return find_cut<kThreads>(row, bins, keep, bin.base, 0);
 }
 
 /// What a rule keeps of a row.
@@ -231,7 +231,7 @@ __device__ Cut cut_of(const Row& row, const Rule& rule) {
     return {rule.cut == 0 ? 0 : __float_as_int(rule.cut), 0};
   }
   if (rule.keep == 0) return {kNanKey, 0};
-  return find_cut<kThreads>(row, rule.keep);
+  return find_cut<kThreads>(row, rule.bins, rule.keep);
 }
 /// True when that has to be searched for.
 __device__ inline bool searched(const Rule& rule) {

@@ -21,8 +21,8 @@ __global__ void __launch_bounds__(kThreads)
     select_kernel(const __grid_constant__ Input in, int64_t stride, bool held, float* masked, int32_t* kept) {
   const float* const x = in.x + blockIdx.x * stride;
   float* const to = masked + blockIdx.x * static_cast<int64_t>(in.cols);
-  float *const values = floats_at(0), *const scale = floats_at(padded_bytes(in.cols, 4));
-  const Rule rule = rule_of(in);
+  float *const values = floats_at(kBinBytes), *const scale = floats_at(kBinBytes + padded_bytes(in.cols, 4));
+  const Rule rule = rule_of(in, 0);
   if (held && in.scale) fetch_row<kThreads>(in.scale, in.cols, scale);
   wait_for_inputs();
   if (held) {
@@ -52,10 +52,10 @@ void select(const Stream& s, Mat x, const Input& rule, float* masked, int32_t* k
   Input in = rule;
   in.x = x.data;
   in.cols = static_cast<int>(x.cols);
-  const int64_t shared = int64_t{2} * padded_bytes(in.cols, 4);
+  const int64_t shared = kBinBytes + int64_t{2} * padded_bytes(in.cols, 4);
   const bool held = shared <= s.shared_bytes;
-  launch_kernel(s, select_kernel, static_cast<unsigned>(x.rows), kThreads, held ? shared : 0, in, x.stride,
-                held, masked, kept);
+  launch_kernel(s, select_kernel, static_cast<unsigned>(x.rows), kThreads, held ? shared : kBinBytes, in,
+                x.stride, held, masked, kept);
 }
 
 void list_entries(const Stream& s, const float* row, int64_t cols, int32_t* count, int32_t* index) {
