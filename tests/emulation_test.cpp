@@ -1,7 +1,9 @@
-// The CUDA backend's decoding product and its selections, run on the host (tests/emulation): against `ref`,
-// and the laws. What every machine can test of them; the rest is cuda_test, which needs a device.
+// The CUDA backend's decoding product, its selections and attention of one row, run on the host
+// (tests/emulation): against `ref`, and the laws. What every machine can test of them; the rest is cuda_test,
+// which needs a device.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <cstring>
 #include <utility>
 #include <vector>
@@ -135,7 +137,8 @@ TEST_F(Emulation, SparseEqualsDenseOfMaskedRow) {
           }
         }
         in.guess = nullptr;
-        for (const int shared : {device.stream.shared_bytes, 16 << 10}) {  // the row in a block's memory, or not
+        for (const int shared :
+             {device.stream.shared_bytes, 16 << 10}) {  // the row in a block's memory, or not
           cuda::Stream stream = device.stream;
           stream.shared_bytes = shared;
           const Rows alone(1, n);
@@ -194,7 +197,10 @@ TEST_F(Emulation, RowsAreTheSameHoweverTheyAreMade) {
   in.keep = 800;
   in.masked = masked.mat.data;
   in.kept = &count;
+  int32_t guess = 0;
+  in.guess = &guess;
   const Rows fused = product(device_, in), truth(1, kIn);
+  EXPECT_EQ(bits_differ(fused.mat, product(device_, in).mat), 0);  // from a cut of before, in every round
   ref_->rms_norm(x.mat, gain.mat.data, 1e-5f, truth.mat);
   for (int64_t i = 0; i < kIn; ++i)
     EXPECT_NEAR(norm.at(0, i), truth.at(0, i), 1e-6 * std::fabs(truth.at(0, i)) + 1e-12);
@@ -283,6 +289,87 @@ TEST_F(Emulation, SkipsAreAdded) {
       }
       EXPECT_LE(std::sqrt(error), 1e-5 * std::sqrt(size));
       EXPECT_TRUE(y.gaps_intact());
+    }
+  }
+}
+
+/// More groups for the product and for the skip than one, in several rounds.
+TEST_F(Emulation, SkipsOfManyGroupsAreAdded) {
+  constexpr int64_t kIn = 24, kSkip = 40;
+  Device device(28);
+  for (const auto& [dtype, skip_dtype] :
+       {std::pair(DType::bf16, DType::int8), std::pair(DType::f32, DType::int4)}) {
+    for (const int64_t out : {8, 1000, 9000}) {
+      SCOPED_TRACE(std::string(dtype_name(dtype)) + " " + std::to_string(out));
+      const StoredWeight w(dtype, Layout::channels, kIn, out, true, random_),
+          skip(skip_dtype, Layout::channels, kSkip, out, false, random_);
+      const PlacedWeight pw(w.weight, true), pskip(skip.weight, true);
+      const Rows h = Rows(1, kIn).fill(random_), x = Rows(1, kSkip).fill(random_), y(1, out), truth(1, out);
+      ASSERT_TRUE(cuda::gemv_skips(device.stream, pw.weight, pskip.weight));
+      device.gemv(row_of(h.mat), {{pw.weight, y.mat, false}}, {{x.mat.data, pskip.weight}});
+      ref_->rotate(x.mat, skip.weight, truth.mat);
+      const Product product{w.weight, truth.mat, true};
+      ref_->matmul(h.mat, std::span(&product, 1));
+      for (int64_t j = 0; j < out; ++j) ASSERT_NEAR(y.at(0, j), truth.at(0, j), 3e-4) << j;
+      EXPECT_TRUE(y.gaps_intact());
+    }
+  }
+}
+
+/// A cache of float32 elements, filled by ref.
+struct History {
+  History(Backend& ref, int64_t kv_heads, int64_t heads, int64_t width, int64_t length, Random& random)
+      : keys(static_cast<size_t>(kv_heads * (length + 1) * width)), values(keys) {
+    const KvShape shape{1, kv_heads, width, length + 1, DType::f32};
+    cache = ref.make_kv_cache(shape);
+    layer = {keys.data(), values.data(), nullptr, nullptr, DType::f32, kv_heads, width, length + 1};
+    if (length == 0) return;
+    const Rows q(length, heads * width), out(length, heads * width);
+    const Rows k = Rows(length, kv_heads * width).fill(random),
+               v = Rows(length, kv_heads * width).fill(random);
+    ref.attend(q.mat, k.mat, v.mat, *cache, 0, 0, 1, out.mat);
+    for (int64_t t = 0; t < length; ++t) {
+      for (int64_t i = 0; i < kv_heads * width; ++i) {
+        const auto at = static_cast<size_t>((i / width * (length + 1) + t) * width + i % width);
+        keys[at] = k.at(t, i), values[at] = v.at(t, i);
+      }
+    }
+  }
+  std::vector<float> keys, values;
+  std::unique_ptr<KvCache> cache;
+  cuda::CacheLayer layer;
+};
+
+/// One stretch of positions, two, and more than are split evenly, by one block per head or by several that
+/// finish together; odd widths; groups of heads that more blocks share.
+TEST_F(Emulation, AttentionOfOneRowMatchesRef) {
+  struct Case {
+    int64_t kv_heads, group, width, length, window;
+  };
+  for (const int multiprocessors : {4, 64}) {
+    Device device(multiprocessors);
+    for (const Case& c : {Case{2, 1, 64, 0, 0}, Case{2, 1, 128, 80, 0}, Case{1, 3, 20, 330, 100},
+                          Case{1, 9, 12, 150, 0}, Case{2, 4, 65, 70, 0}, Case{1, 1, 4, 4500, 0}}) {
+      const int64_t heads = c.kv_heads * c.group;
+      SCOPED_TRACE(std::to_string(multiprocessors) + ": " + std::to_string(heads) + " heads of " +
+                   std::to_string(c.width) + ", " + std::to_string(c.length) + " positions");
+      History history(*ref_, c.kv_heads, heads, c.width, c.length, random_);
+      const Rows q = Rows(1, heads * c.width).fill(random_), k = Rows(1, c.kv_heads * c.width).fill(random_),
+                 v = Rows(k).fill(random_), out(1, heads * c.width), truth(1, heads * c.width);
+      std::vector<float> cosine, sine, inv_freq;
+      for (int64_t i = 0; i < c.width / 2; ++i) {
+        inv_freq.push_back(1.0f / static_cast<float>(1 + 3 * i));
+        const float angle = static_cast<float>(c.length) * inv_freq.back();
+        cosine.push_back(std::cos(angle)), sine.push_back(std::sin(angle));
+      }
+      const cuda::Angles at{cosine.data(), sine.data()};
+      const bool turn = c.width % 2 == 0;
+      cuda::attend_row(device.stream, q.mat, k.mat, v.mat, history.layer, c.length, c.window, out.mat,
+                       turn ? &at : nullptr, device.sent.data(), device.chain);
+      if (turn) ref_->rope(q.mat, k.mat, c.width, c.length, inv_freq.data());
+      ref_->attend(q.mat, k.mat, v.mat, *history.cache, 0, c.length, c.window, truth.mat);
+      for (int64_t i = 0; i < heads * c.width; ++i) ASSERT_NEAR(out.at(0, i), truth.at(0, i), 3e-5) << i;
+      EXPECT_TRUE(out.gaps_intact());
     }
   }
 }

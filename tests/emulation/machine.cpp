@@ -124,16 +124,18 @@ void* block_object(const void* key, size_t bytes) {
   return object.data();
 }
 
-void run(int blocks, int threads, int64_t shared, const std::function<void()>& kernel) {
+void run(dim3 size, int threads, int64_t shared, const std::function<void()>& kernel) {
   static std::minstd_rand random(1);
   static std::vector<std::unique_ptr<char[]>> stacks;
   running = &kernel;
-  grid = dim3(static_cast<unsigned>(blocks));
+  grid = size;
+  const int blocks = static_cast<int>(size.x * size.y);
   std::vector<Block> block(static_cast<size_t>(blocks));
   std::vector<Thread> thread(static_cast<size_t>(blocks) * static_cast<size_t>(threads));
   while (stacks.size() < thread.size()) stacks.push_back(std::make_unique<char[]>(kStack));
   for (size_t b = 0; b < block.size(); ++b) {
-    block[b].index.x = static_cast<unsigned>(b);
+    block[b].index.x = static_cast<unsigned>(b) % size.x;
+    block[b].index.y = static_cast<unsigned>(b) / size.x;
     block[b].threads = threads;
     block[b].memory = unset(static_cast<size_t>(shared) + kGuard);
     block[b].warps.resize(static_cast<size_t>(threads / kWarp));

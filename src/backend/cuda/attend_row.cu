@@ -78,7 +78,10 @@ __device__ Joined receive_stretches(const uint64_t* sent, int entry, int first, 
 /// those that wait here keep none from starting; and finishers, which wait for each other too, are no more
 /// than the multiprocessors.
 __device__ void finish(const Step& a, int first_head, int heads, int finisher) {
-  __shared__ Joined joined[kThreads];
+  struct ByThread {
+    Joined of[kThreads];
+  };
+  Joined* const joined = block_object<ByThread>().of;
   const int width = static_cast<int>(a.cache.head_dim), stretches = static_cast<int>(gridDim.y);
   const int length = (heads * width + a.finishers - 1) / a.finishers, begin = finisher * length;
   const int side = min(length, kThreads), sharers = kThreads / side;
@@ -103,16 +106,18 @@ __device__ void finish(const Step& a, int first_head, int heads, int finisher) {
 
 template <class T, int kHeads, int kVector>
 __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant__ Step a) {
-  extern __shared__ __align__(16) float shared[];
-  __shared__ float top[kHeads], total[kHeads];
+  struct ByHead {
+    float top[kHeads], total[kHeads];
+  };
+  float *const top = block_object<ByHead>().top, *const total = block_object<ByHead>().total;
   const int width = static_cast<int>(a.cache.head_dim);
   const int kv_head = static_cast<int>(blockIdx.x) / a.parts, part = static_cast<int>(blockIdx.x) % a.parts;
   const int first_head = kv_head * a.group + part * kHeads, heads = min(kHeads, a.group - part * kHeads);
   const int64_t begin = a.first + blockIdx.y * a.per, end = min(begin + a.per, a.pos + 1);
   const int count = static_cast<int>(end - begin);
-  float* const q = shared;                                   // (kHeads, width)
-  float* const sums = q + kHeads * width;                    // (kHeads, kThreads, kVector)
-  float* const weight = sums + kHeads * kThreads * kVector;  // (kHeads, per)
+  float* const q = reinterpret_cast<float*>(block_memory());  // (kHeads, width)
+  float* const sums = q + kHeads * width;                     // (kHeads, kThreads, kVector)
+  float* const weight = sums + kHeads * kThreads * kVector;   // (kHeads, per)
   T* const keys = static_cast<T*>(a.cache.keys);
   T* const values = static_cast<T*>(a.cache.values);
   const bool newest = end == a.pos + 1;
@@ -139,7 +144,7 @@ __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant
     }
   };
   const auto turn_pairs = [&] {
-    float2 x[kPairs], angle[kPairs];
+    float2 x[kPairs] = {}, angle[kPairs] = {};
 #pragma unroll
     for (int u = 0; u < kPairs; ++u) {
       const auto& p = pair[u];
@@ -340,7 +345,8 @@ void one_row(const Stream& s, Step& a, Chain& chain) {
   a.finishers =
       static_cast<int>(std::clamp<int64_t>(s.multiprocessors / static_cast<int64_t>(blocks.x), 1, stretches));
   if (messages(a.group * a.cache.kv_heads, a.cache.head_dim, stretches) > kMostSent)
-    fail("cuda: attention over ", count, " positions needs more room than a block has");
+    fail("cuda: attention over ", count, " positions by ", a.group * a.cache.kv_heads, " heads of ",
+         a.cache.head_dim, " sends more sums than there is room for");
   a.stamp = chain.stamps(1);
   if (heads == 1) return launch_one<T, 1>(s, a, chain, blocks);
   if (heads == 2) return launch_one<T, 2>(s, a, chain, blocks);

@@ -191,7 +191,8 @@ __device__ Work work_at(const Args& a, bool product, int group, int t, int round
     w.output = place.output;
     // Two places in turn: a block may be in the next tile while another still reads of this one. Not in the
     // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
-    // columns, 128 of a pair) is longer than what padding leaves out (127).
+    // columns, 128 of a pair; int4 twice as many) is longer than what padding leaves out (127, of int4
+    // alone).
     w.stamp = a.stamp + static_cast<uint32_t>(round);
     w.pitch = w.tile.columns;
     w.sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);
@@ -317,9 +318,11 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   a.format = format_of(products[0].weight);
   a.paired = glu.mid != nullptr;
   CHECK(!a.paired || (products.size() == 2 && !products[1].accumulate));
+  CHECK(skips.empty() || products.size() == 1);
   a.held = gemv_fuses(s, in, products[0].weight);
   if (!a.held && in.cols > gemv_longest(s))
     fail("cuda: a row of ", in.cols, " entries is too long, expected at most ", gemv_longest(s));
+  CHECK(a.held || (in.source == Source::row && in.select == Selects::all));
   int64_t shared = shared_bytes(in, a.held, a.format);
   double bytes = 0, skip_bytes = 0;
   a.deal.granule = granule_of(a.format);

@@ -158,7 +158,7 @@ void attend(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64
             Mat out);
 /// The same of one row, whose q and k are rotated by `at` on the way when it is given. Throws Error for more
 /// positions than `sent` has room for: the longer a context, the more stretches whose scores a block holds
-/// (64 heads of 128, eight to a key/value head, 99 KB: some 500,000).
+/// (64 heads of 128, eight to a key/value head, 99 KB: some 400,000).
 void attend_row(const Stream& s, Mat q, Mat k, Mat v, const CacheLayer& cache, int64_t pos, int64_t window,
                 Mat out, const Angles* at, uint64_t* sent, Chain& chain);
 /// Elements [first, first + count) of the outputs of `w`, as f32 or bf16, all inputs: rows layout (count, in)

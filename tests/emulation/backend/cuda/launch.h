@@ -15,7 +15,7 @@ template <class... Params>
 void launch_kernel(const Stream& s, void (*kernel)(Params...), dim3 blocks, dim3 threads, int64_t shared,
                    const Params&... params) {
   if (shared > s.shared_bytes) emulation::give_up("a block takes more shared memory than there is");
-  emulation::run(static_cast<int>(blocks.x), static_cast<int>(threads.x), shared, [&] { kernel(params...); });
+  emulation::run(blocks, static_cast<int>(threads.x), shared, [&] { kernel(params...); });
 }
 
 }  // namespace larosa::cuda

@@ -54,7 +54,7 @@ char* block_memory();
 void* block_object(const void* key, size_t bytes);
 
 /// Every block of a grid, side by side.
-void run(int blocks, int threads, int64_t shared, const std::function<void()>& kernel);
+void run(dim3 blocks, int threads, int64_t shared, const std::function<void()>& kernel);
 
 template <class T>
 uint64_t bits_of(T v) {
@@ -181,6 +181,9 @@ inline uint32_t __float_as_uint(float v) {
 }
 inline float __uint_as_float(uint32_t v) {
   return std::bit_cast<float>(v);
+}
+inline int __float2int_rn(float v) {
+  return static_cast<int>(std::nearbyint(v));
 }
 inline float __fadd_rn(float a, float b) {
   return a + b;
