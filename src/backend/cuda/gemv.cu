@@ -1,7 +1,7 @@
 // The decoding product: one row times weights in channels layout. A group of blocks has a range of the
 // outputs, its tile. Each block has its own channels of it, which its threads share, 16 bytes of outputs
 // each, and their sums are added in a fixed order: in the block, then over the blocks of the group, which
-// send them to each other.
+// send them to each other. Skips have groups of their own beside those of the product.
 #include <algorithm>
 
 #include "backend/cuda/channels.cuh"
