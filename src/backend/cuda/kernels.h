@@ -49,9 +49,9 @@ struct Input {
   const float* scale = nullptr;  // score weights, or null
   float* values = nullptr;       // where norm puts the row, `left` entries a block; or null
   int left = 0;
-  int32_t* guess = nullptr;      // the cut of the last time, left for the next; or null
-  float* masked = nullptr;       // where a selection goes, as a row with zeros; or null
-  int32_t* kept = nullptr;       // and how many entries it kept
+  int32_t* guess = nullptr;  // the cut of the last time, left for the next; or null
+  float* masked = nullptr;   // where a selection goes, as a row with zeros; or null
+  int32_t* kept = nullptr;   // and how many entries it kept
 };
 
 /// A second row, all of it times weights of its own, whose product is added to the first output.
