@@ -47,11 +47,11 @@ struct Input {
   const float* x = nullptr;      // the row, or what is normalised to it
   const float* gain = nullptr;   // norm, or null
   const float* scale = nullptr;  // score weights, or null
-  float* values = nullptr;       // where norm puts the row, `left` entries a block; or null
-  int left = 0;
-  int32_t* guess = nullptr;  // the cut of the last time, left for the next; or null
-  float* masked = nullptr;   // where a selection goes, as a row with zeros; or null
-  int32_t* kept = nullptr;   // and how many entries it kept
+  float* values = nullptr;       // where norm puts the row; or null
+  int left = 0;                  // entries of it that a block puts there: the launch's to say
+  int32_t* guess = nullptr;      // the cut of the last time, left for the next; or null
+  float* masked = nullptr;       // where a selection goes, as a row with zeros; or null
+  int32_t* kept = nullptr;       // and how many entries it kept
 };
 
 /// A second row, all of it times weights of its own, whose product is added to the first output.

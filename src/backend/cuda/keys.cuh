@@ -71,6 +71,17 @@ __device__ void batches(int cols, const Own& own, T none, const Load& load, cons
   }
 }
 
+/// body(e, key) of every entry of a thread, with kNoKey beyond the row, so that a warp's lanes stay together.
+template <int kThreads, int kUnroll, class Key, class Body>
+__device__ void each_key(int cols, const Key& key, const Body& body) {
+  const Run<kThreads> run(cols);
+#pragma unroll kUnroll
+  for (int i = 0; i < run.steps; ++i) {
+    const int e = run.entry(i);
+    body(e, e < cols ? key(e) : kNoKey);
+  }
+}
+
 /// A row in memory, shared or global, of any length; its keys are made anew in every pass.
 template <int kThreads>
 struct MemoryRow {
@@ -81,12 +92,8 @@ struct MemoryRow {
   __device__ float value(int i) const { return x[i]; }
   template <int kUnroll, class Body>
   __device__ void each(const Body& body) const {
-    const Run<kThreads> run(cols);
-#pragma unroll kUnroll
-    for (int i = 0; i < run.steps; ++i) {
-      const int e = run.entry(i);
-      body(e, e < cols ? score_key(x[e], scale, e) : kNoKey);
-    }
+    each_key<kThreads, kUnroll>(
+        cols, [&](int e) { return score_key(x[e], scale, e); }, body);
   }
   template <int kBatch, class Body>
   __device__ void in_batches(const Own& own, const Body& body) const {
@@ -155,12 +162,8 @@ struct KeyedRow {
   __device__ float value(int i) const { return x[i]; }
   template <int kUnroll, class Body>
   __device__ void each(const Body& body) const {
-    const Run<kThreads> run(cols);
-#pragma unroll kUnroll
-    for (int i = 0; i < run.steps; ++i) {
-      const int e = run.entry(i);
-      body(e, e < cols ? key[e] : kNoKey);
-    }
+    each_key<kThreads, kUnroll>(
+        cols, [&](int e) { return key[e]; }, body);
   }
   template <int kBatch, class Body>
   __device__ void in_batches(const Own& own, const Body& body) const {
