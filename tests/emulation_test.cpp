@@ -137,15 +137,10 @@ TEST_F(Emulation, SparseEqualsDenseOfMaskedRow) {
           }
         }
         in.guess = nullptr;
-        for (const int shared :
-             {device.stream.shared_bytes, 16 << 10}) {  // the row in a block's memory, or not
-          cuda::Stream stream = device.stream;
-          stream.shared_bytes = shared;
-          const Rows alone(1, n);
-          cuda::select(stream, row.mat, in, alone.mat.data, &count);
-          EXPECT_EQ(count, ref_->count(*kept));
-          EXPECT_EQ(bits_differ(alone.mat, truth.mat), 0);
-        }
+        const Rows alone(1, n);
+        cuda::select(device.stream, row.mat, in, alone.mat.data, &count);
+        EXPECT_EQ(count, ref_->count(*kept));
+        EXPECT_EQ(bits_differ(alone.mat, truth.mat), 0);
       };
       const float* const score_weights[] = {nullptr, scale.data(), zeros.data()};
       for (const float* const weights : score_weights) {
@@ -175,43 +170,98 @@ TEST_F(Emulation, SparseEqualsDenseOfMaskedRow) {
   }
 }
 
-/// A norm on the way is the row that it writes down; outputs in more rounds than one, and a row that shared
-/// memory does not hold, are the same.
+/// A norm on the way is the row that it writes down, whichever registers hold it; outputs in more rounds than
+/// one are the same; selections are `ref`'s of that row, with score weights too, aligned or not.
 TEST_F(Emulation, RowsAreTheSameHoweverTheyAreMade) {
-  constexpr int64_t kIn = 2060, kOut = 9001;
-  const Rows x = Rows(1, kIn).fill(random_), gain = Rows(1, kIn).fill(random_), norm(1, kIn), masked(1, kIn);
-  const StoredWeight stored(DType::f32, Layout::channels, kIn, kOut, false, random_);
+  for (const int64_t in_cols : {2060, 4097, 8200, 12292, 16390}) {
+    SCOPED_TRACE(in_cols);
+    const int64_t out = in_cols < 3000 ? 9001 : 9;
+    const Rows x = Rows(1, in_cols).fill(random_), gain = Rows(1, in_cols).fill(random_), norm(1, in_cols),
+               masked(1, in_cols), scale = Rows(1, in_cols).fill(random_);
+    const StoredWeight stored(DType::f32, Layout::channels, in_cols, out, false, random_);
+    const PlacedWeight w(stored.weight, true);
+    const auto product = [&](const cuda::Input& in) {
+      Rows y(1, out);
+      device_.gemv(in, {{w.weight, y.mat, false}});
+      return y;
+    };
+    for (int64_t i = 0; i < in_cols; ++i) scale.mat.data[i] = std::fabs(scale.at(0, i));
+    int32_t count = 0, guess = 0;
+    cuda::Input in = row_of(x.mat);
+    in.source = cuda::Source::norm;
+    in.gain = gain.mat.data;
+    in.eps = 1e-5f;
+    in.values = norm.mat.data;
+    in.select = cuda::Selects::topk;
+    in.keep = static_cast<int>(in_cols * 2 / 5);
+    in.masked = masked.mat.data;
+    in.kept = &count;
+    in.guess = &guess;
+    for (const float* const weights : std::initializer_list<const float*>{nullptr, scale.mat.data}) {
+      in.scale = weights;
+      guess = 0;
+      const Rows fused = product(in), truth(1, in_cols), alone(1, in_cols);
+      EXPECT_EQ(bits_differ(fused.mat, product(in).mat), 0);  // from a cut of before, in every round
+      EXPECT_GT(guess, 0);
+      EXPECT_EQ(bits_differ(fused.mat, product(row_of(masked.mat)).mat), 0);
+      ref_->rms_norm(x.mat, gain.mat.data, 1e-5f, truth.mat);
+      for (int64_t i = 0; i < in_cols; ++i)
+        ASSERT_NEAR(norm.at(0, i), truth.at(0, i), 1e-6 * std::fabs(truth.at(0, i)) + 1e-12);
+      const auto kept = ref_->make_selection(1, in_cols);
+      ref_->topk(norm.mat, weights, in.keep, *kept);
+      ref_->expand(*kept, truth.mat);
+      EXPECT_EQ(bits_differ(masked.mat, truth.mat), 0);
+      cuda::Input rule = in;
+      rule.source = cuda::Source::row;
+      cuda::select(device_.stream, norm.mat, rule, alone.mat.data, &count);
+      EXPECT_EQ(bits_differ(alone.mat, truth.mat), 0);
+    }
+  }
+}
+
+/// A row that no block's registers hold is selected from memory, and its product made from where it stands.
+TEST_F(Emulation, LongRowsAreReadFromMemory) {
+  constexpr int64_t kIn = cuda::kMostHeld + 3, kOut = 9;
+  const Rows x = Rows(1, kIn).fill(random_), scale = Rows(1, kIn).fill(random_), masked(1, kIn),
+             truth(1, kIn);
+  for (int64_t i = 0; i < kIn; ++i) scale.mat.data[i] = std::fabs(scale.at(0, i));
+  for (int64_t i = 0; i < kIn; i += 5) x.mat.data[i] = 0.25f;  // ties
+  const StoredWeight stored(DType::bf16, Layout::channels, kIn, kOut, false, random_);
   const PlacedWeight w(stored.weight, true);
-  const auto product = [&](Device& device, const cuda::Input& in) {
-    Rows y(1, kOut);
-    device.gemv(in, {{w.weight, y.mat, false}});
-    return y;
+  ASSERT_FALSE(cuda::gemv_fuses(device_.stream, row_of(x.mat), w.weight));
+  const auto kept = ref_->make_selection(1, kIn);
+  const auto check = [&](const cuda::Input& in) {
+    int32_t count = 0;
+    cuda::select(device_.stream, x.mat, in, masked.mat.data, &count);
+    ref_->expand(*kept, truth.mat);
+    EXPECT_EQ(count, ref_->count(*kept));
+    EXPECT_EQ(bits_differ(masked.mat, truth.mat), 0);
   };
-  int32_t count = 0;
-  cuda::Input in = row_of(x.mat);
-  in.source = cuda::Source::norm;
-  in.gain = gain.mat.data;
-  in.eps = 1e-5f;
-  in.values = norm.mat.data;
+  cuda::Input in;
   in.select = cuda::Selects::topk;
-  in.keep = 800;
-  in.masked = masked.mat.data;
-  in.kept = &count;
-  int32_t guess = 0;
-  in.guess = &guess;
-  const Rows fused = product(device_, in), truth(1, kIn);
-  EXPECT_EQ(bits_differ(fused.mat, product(device_, in).mat), 0);  // from a cut of before, in every round
-  ref_->rms_norm(x.mat, gain.mat.data, 1e-5f, truth.mat);
-  for (int64_t i = 0; i < kIn; ++i)
-    EXPECT_NEAR(norm.at(0, i), truth.at(0, i), 1e-6 * std::fabs(truth.at(0, i)) + 1e-12);
-  Device small(8, 9 << 10);  // sums and the list, but not the row
-  ASSERT_FALSE(cuda::gemv_fuses(small.stream, row_of(masked.mat), w.weight));
-  EXPECT_EQ(bits_differ(fused.mat, product(device_, row_of(masked.mat)).mat), 0);
-  EXPECT_EQ(bits_differ(fused.mat, product(small, row_of(masked.mat)).mat), 0);
+  for (const int64_t keep : {int64_t{1}, kIn / 3, kIn * 4 / 5, kIn * 17 / 20, kIn - 1}) {
+    SCOPED_TRACE(keep);
+    in.keep = static_cast<int>(keep);
+    for (const float* const weights : std::initializer_list<const float*>{nullptr, scale.mat.data}) {
+      in.scale = weights;
+      ref_->topk(x.mat, weights, keep, *kept);
+      check(in);
+    }
+  }
+  in.scale = nullptr;
+  in.select = cuda::Selects::threshold;
+  in.cut = 0.3f;
+  ref_->threshold(x.mat, nullptr, in.cut, *kept);
+  check(in);
+  const Rows y(1, kOut), whole(1, kOut);
+  device_.gemv(row_of(masked.mat), {{w.weight, y.mat, false}});
+  const Product product{stored.weight, whole.mat, false};
+  ref_->matmul(truth.mat, std::span(&product, 1));
+  for (int64_t j = 0; j < kOut; ++j) EXPECT_NEAR(y.at(0, j), whole.at(0, j), 1e-3) << j;
 }
 
 TEST_F(Emulation, RowsThatAreTooLongAreRefused) {
-  Device small(8, 16 << 10);
+  Device small(8, 64 << 10);
   const int64_t longest = cuda::gemv_longest(small.stream), out = 8;
   const Rows x = Rows(1, longest + 1).fill(random_), y(1, out);
   for (const int64_t n : {longest, longest + 1}) {

@@ -7,9 +7,6 @@
 
 namespace larosa::cuda {
 
-/// Threads of a product's block.
-inline constexpr int kGemvThreads = 512;
-
 struct Lines {
   const char* data;
   int64_t line;  // bytes of a channel
@@ -22,13 +19,14 @@ struct Lines {
 struct Share {
   int column;
   int first, step;
-  bool counts;  // not left over
+  int vectors;  // of the tile
+
+  __device__ bool counts() const { return static_cast<int>(threadIdx.x) < step * vectors; }  // not left over
 };
 __device__ inline Share share_of(const Split& split, int lane) {
   const int thread = static_cast<int>(threadIdx.x);
   const int group = static_cast<int>(threadIdx.x * split.magic >> 20);
-  return {(thread - group * split.vectors) * lane, min(group, split.groups - 1), split.groups,
-          group < split.groups};
+  return {(thread - group * split.vectors) * lane, min(group, split.groups - 1), split.groups, split.vectors};
 }
 
 /// A thread's vector of channel 0, and the bytes from one channel to the next.
@@ -42,9 +40,9 @@ struct Vector {
 template <class Type, bool kAll, bool kWhole>
 __device__ void add_batch(const Channels& channels, int e, int step, const Vector& vector,
                           float (&sum)[Type::kLane]) {
-  constexpr int kAhead = Type::kAhead, kStride = kAll ? kGroup : 1;
-  const auto* const near = reinterpret_cast<const uint32_t*>(block_memory() + channels.near);
-  const auto* const value = reinterpret_cast<const float*>(block_memory() + channels.value);
+  constexpr int kAhead = Type::kAhead;
+  const auto* const near = channels.list.near();
+  const auto* const value = channels.list.value();
   const auto place = [&](int u) { return kWhole ? e + u * step : min(e + u * step, channels.count - 1); };
   typename Type::Loaded loaded[kAhead];
 #pragma unroll
@@ -57,7 +55,7 @@ __device__ void add_batch(const Channels& channels, int e, int step, const Vecto
 #pragma unroll
   for (int u = 0; u < kAhead; ++u) {
     if (!kWhole && e + u * step >= channels.count) continue;
-    Type::add(loaded[u], value[place(u) * kStride], sum);
+    Type::add(loaded[u], value[place(u)], sum);
   }
 }
 template <class Type, bool kAll>
@@ -80,12 +78,12 @@ __device__ void add_channels(const Channels& channels, const Share& share, const
 __host__ __device__ constexpr int sums_pitch(int lane) {
   return lane / 4 % 2 == 0 ? lane + 4 : lane;
 }
-/// The thread's sums to shared memory at offset `at`, where the row was. A function of its own: inlined, the
+/// The thread's sums to shared memory, where the row was. A function of its own: inlined, the
 /// caller's values were spilled and fetched again inside of its loops (2 % of the tokens/s at 50 %), and
 /// every kernel had its own copy for every format.
 template <class Type>
 __device__ __noinline__ void add_vectors(Channels channels, int rank, Share share, Vector vector, int padded,
-                                         int output, int at) {
+                                         int output) {
   // Vectors beyond the last output read the first one.
   const int v = output < padded ? output / Type::kLane : 0;
   vector.data += v * 16;
@@ -100,17 +98,18 @@ __device__ __noinline__ void add_vectors(Channels channels, int rank, Share shar
   }
   __syncthreads();  // the row has been read
   constexpr int kPitch = sums_pitch(Type::kLane);
-  auto* const sums = reinterpret_cast<float4*>(block_memory() + at) + threadIdx.x * (kPitch / 4);
+  const bool counts = share.counts();
+  auto* const sums = reinterpret_cast<float4*>(block_memory()) + threadIdx.x * (kPitch / 4);
 #pragma unroll
   for (int i = 0; i < Type::kLane; i += 4)
-    sums[i / 4] = share.counts ? float4{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]} : float4{};
+    sums[i / 4] = counts ? float4{sum[i], sum[i + 1], sum[i + 2], sum[i + 3]} : float4{};
   __syncthreads();
 }
 __device__ inline void add_format(Format format, const Channels& channels, int rank, const Share& share,
-                                  const Lines& lines, int output, int at) {
+                                  const Lines& lines, int output) {
   const Vector vector{lines.data, static_cast<uint32_t>(lines.line), 0};
   const auto add = [&](auto type) {
-    add_vectors<decltype(type)>(channels, rank, share, vector, lines.padded, output, at);
+    add_vectors<decltype(type)>(channels, rank, share, vector, lines.padded, output);
   };
   switch (format) {
     case Format::f32:

@@ -12,11 +12,6 @@
 namespace larosa::cuda {
 namespace {
 
-// A dependent launch puts its blocks where there is room, two on one multiprocessor and none on another if it
-// comes to that: on 66 of an H200's 132 then, and half of the bandwidth is lost. So a block takes more than
-// half of a multiprocessor's shared memory.
-constexpr int64_t kLeastShared = 116 << 10;
-
 struct Part {
   Lines lines;
   const float* bias;
@@ -71,28 +66,25 @@ struct Work {
   Tile tile;
   const Lines* lines;  // of the thread's vector
   Share share;
-  int vectors;     // of the tile
   int output;      // of the thread's vector
   uint64_t* sent;  // the sums of the tile's first output, and from one block's to the next one's
   int pitch;
-  uint32_t stamp;
 };
 
-/// The block's share of the channels of a tile, to its group. `at`: offset of the row and, once it has been
-/// read, of the threads' sums.
-__device__ void send_product(const Work& w, int rank, const Channels& channels, int at) {
+/// The block's share of the channels of a tile, to its group.
+__device__ void send_product(const Work& w, int rank, const Channels& channels, uint32_t stamp) {
   const Format format = w.lines->format;
-  add_format(format, channels, rank, w.share, *w.lines, w.output, at);
-  const auto* const sums = reinterpret_cast<const float*>(block_memory() + at);
+  add_format(format, channels, rank, w.share, *w.lines, w.output);
+  const auto* const sums = reinterpret_cast<const float*>(block_memory());
   const int shift = lane_shift(format), pitch = sums_pitch(1 << shift);
 #pragma unroll 1
-  for (int c = static_cast<int>(threadIdx.x); c < w.tile.columns; c += kGemvThreads) {
+  for (int c = static_cast<int>(threadIdx.x); c < w.tile.columns; c += kRowThreads) {
     const int v = c >> shift, i = c & ((1 << shift) - 1);
     float total = 0;
 #pragma unroll 8
-    for (int t = v; t < kGemvThreads; t += w.vectors) total = __fadd_rn(total, sums[t * pitch + i]);
+    for (int t = v; t < kRowThreads; t += w.share.vectors) total = __fadd_rn(total, sums[t * pitch + i]);
     const int column = format == Format::int4 ? Nibbles::column(v, i) : c;
-    send(w.sent + rank * w.pitch + column, total, w.stamp);
+    send(w.sent + rank * w.pitch + column, total, stamp);
   }
   __syncthreads();
 }
@@ -114,11 +106,11 @@ __device__ float sum_of(const float (&part)[kGroup]) {
 /// and of each skip. They are in time: a grid has no more blocks than there are multiprocessors, and the next
 /// kernel's start when all of these have. Blocks of another engine on the device can hold theirs back for a
 /// while, no more than three a launch.
-__device__ float receive_sum(const Args& a, const Work& w, int column, int output) {
+__device__ float receive_sum(const Args& a, const Work& w, uint32_t stamp, int column, int output) {
   const uint64_t* const sent = w.sent + column;
   float part[kGroup];
   if (a.skips == 0) {
-    while (!receive_parts(sent, w.pitch, w.stamp, part)) {
+    while (!receive_parts(sent, w.pitch, stamp, part)) {
     }
     return sum_of(part);
   }
@@ -128,7 +120,7 @@ __device__ float receive_sum(const Args& a, const Work& w, int column, int outpu
   for (int i = 0; i < a.skips; ++i) {
     const uint64_t* const skip = a.skip_sent + i * kGroup * pitch + output;
     float other[kGroup];
-    while (!(receive_parts(skip, pitch, a.stamp, other) & receive_parts(sent, w.pitch, w.stamp, part))) {
+    while (!(receive_parts(skip, pitch, a.stamp, other) & receive_parts(sent, w.pitch, stamp, part))) {
     }
     skipped = __fadd_rn(skipped, sum_of(other));
   }
@@ -136,21 +128,21 @@ __device__ float receive_sum(const Args& a, const Work& w, int column, int outpu
 }
 
 /// Of a tile of two parts both sums of an output, which come together.
-__device__ void receive_pair(const Work& w, int column, float& first, float& second) {
+__device__ void receive_pair(const Work& w, uint32_t stamp, int column, float& first, float& second) {
   const uint64_t* const sent = w.sent + column;
   float part[kGroup], other[kGroup];
-  while (!(receive_parts(sent, w.pitch, w.stamp, part) &
-           receive_parts(sent + w.tile.half, w.pitch, w.stamp, other))) {
+  while (!(receive_parts(sent, w.pitch, stamp, part) &
+           receive_parts(sent + w.tile.half, w.pitch, stamp, other))) {
   }
   first = sum_of(part), second = sum_of(other);
 }
 
 /// What came of the tile to this block's outputs: sum, bias and y before, in this order.
-__device__ void finish(const Args& a, const Work& w, int rank) {
+__device__ void finish(const Args& a, const Work& w, int rank, uint32_t stamp) {
   const Tile& tile = w.tile;
   const int length = (tile.half + kGroup - 1) / kGroup, first = rank * length;
 #pragma unroll 1
-  for (int p = first + static_cast<int>(threadIdx.x); p < min(first + length, tile.half); p += kGemvThreads) {
+  for (int p = first + static_cast<int>(threadIdx.x); p < min(first + length, tile.half); p += kRowThreads) {
     const Place place = place_of(a, tile, p);
     const Part& part = a.part[place.part];
     if (place.output >= part.out) continue;
@@ -159,9 +151,9 @@ __device__ void finish(const Args& a, const Work& w, int rank) {
                 before = part.accumulate ? __ldcg(y) : 0;
     float sum, second = 0;
     if (a.paired) {
-      receive_pair(w, p, sum, second);
+      receive_pair(w, stamp, p, sum, second);
     } else {
-      sum = receive_sum(a, w, p, place.output);
+      sum = receive_sum(a, w, stamp, p, place.output);
     }
     if (part.bias) sum = __fadd_rn(sum, bias);
     if (part.accumulate) sum = __fadd_rn(sum, before);
@@ -185,7 +177,6 @@ __device__ Work work_at(const Args& a, bool product, int group, int t, int round
     w.tile = tile_at(a.deal, t, a.paired);
     const Split& split = t < a.deal.larger ? a.splits.larger : a.splits.usual;
     w.share = share_of(split, lane_of(a.format));
-    w.vectors = split.vectors;
     const Place place = place_of(a, w.tile, w.share.column);
     w.lines = &a.part[place.part].lines;
     w.output = place.output;
@@ -193,7 +184,6 @@ __device__ Work work_at(const Args& a, bool product, int group, int t, int round
     // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
     // columns, 128 of a pair; int4 twice as many) is longer than what padding leaves out (127, of int4
     // alone).
-    w.stamp = a.stamp + static_cast<uint32_t>(round);
     w.pitch = w.tile.columns;
     w.sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);
   } else {
@@ -203,49 +193,49 @@ __device__ Work work_at(const Args& a, bool product, int group, int t, int round
     w.tile = tile_at(a.skip_deal, t, false);
     const Split& split = t < a.skip_deal.larger ? skip.splits.larger : skip.splits.usual;
     w.share = share_of(split, lane_of(skip.lines.format));
-    w.vectors = split.vectors;
     w.lines = &skip.lines;
     w.output = w.tile.first + w.share.column;
-    w.stamp = a.stamp;
     w.pitch = a.skip_deal.outputs();
     w.sent = a.skip_sent + i * kGroup * w.pitch + w.tile.first;
   }
   return w;
 }
 
+__device__ Input plain(const SkipArgs& skip) {
+  Input in;
+  in.x = skip.x;
+  in.cols = skip.cols;
+  return in;
+}
+
 /// A block of a product, or of the skips: these need no selection, so they read while those still look for
 /// their channels.
-__global__ void __launch_bounds__(kGemvThreads) gemv_kernel(const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kRowThreads) gemv_kernel(const __grid_constant__ Args a) {
   const int block = static_cast<int>(blockIdx.x), rank = block % kGroup;
   const bool product = block < a.deal.groups * kGroup;
   const Deal& deal = product ? a.deal : a.skip_deal;
   const int group = block / kGroup - (product ? 0 : a.deal.groups);
   const int end = product ? deal.tiles : deal.tiles * a.skips;
-  const RowMemory memory = row_memory(a.in, 0, a.held);
-  const int at = product ? sums_at(memory) : 0;
-  if (product) begin_row<kGemvThreads>(a.in, memory);
+  const RowMemory memory = row_memory(a.in, a.held);
+  if (product) begin_row(a.in, memory);
   int t = group, round = 0;
   Work work = work_at(a, product, group, t, round);
-  wait_for_inputs(a.link);
+  wait_for_inputs_in_memory(a.link);
 #pragma unroll 1
   for (;;) {
-    Channels channels;
-    if (product) {
-      channels = prepare_row<kGemvThreads>(a.in, memory, rank);
-    } else {
-      const SkipArgs& skip = a.skip[t >= deal.tiles];
-      fetch_row<kGemvThreads>(skip.x, skip.cols, floats_at(at));
-      wait_for_row();
-      channels = {true, 0, at + rank * 4, Own{rank, kGroup}.count(skip.cols)};
-    }
+    const Input in = product ? a.in : plain(a.skip[t >= deal.tiles]);
+    const Channels channels =
+        prepare_row(in, product ? memory : row_memory(in, true), a.held || !product, rank);
     start_next();  // not before: what it does there would hold the row up
-    send_product(work, rank, channels, at);
-    if (product) finish(a, work, rank);
+    const uint32_t stamp = a.stamp + static_cast<uint32_t>(product ? round : 0);
+    send_product(work, rank, channels, stamp);
+    if (product) finish(a, work, rank, stamp);
     t += deal.groups, ++round;
     if (t >= end) break;
-    // Sums took the row's place and keys that of their weights: every further tile makes it all again.
-    if (product) begin_row<kGemvThreads>(a.in, memory);
+    // Sums took the place of all there was: every further tile makes it again.
+    if (product) begin_row(a.in, memory);
     work = work_at(a, product, group, t, round);
+    __syncthreads();
   }
   signal(a.link);
 }
@@ -267,25 +257,28 @@ Lines lines_of(const Weight& w) {
 }
 
 int64_t sums_bytes(Format f) {
-  return int64_t{kGemvThreads} * sums_pitch(lane_of(f)) * 4;
+  return int64_t{kRowThreads} * sums_pitch(lane_of(f)) * 4;
 }
 /// A block's memory for a product.
 int64_t shared_bytes(const Input& in, bool held, Format format) {
-  const RowMemory m = row_memory(in, 0, held);
-  return std::max<int64_t>(m.end, sums_at(m) + sums_bytes(format));
+  return std::max<int64_t>(row_memory(in, held).end, sums_bytes(format));
 }
 /// And for a skip.
 int64_t skip_shared_bytes(const Weight& skip) {
-  return std::max(sums_bytes(format_of(skip)), skip.in * 4);
+  return std::max<int64_t>(sums_bytes(format_of(skip)), list_bytes(static_cast<int>(skip.in)));
 }
 
-/// Bytes of a weight that a row reads, as far as the host knows.
+/// Bytes of a weight that a row reads, as far as the host knows, as bytes of 16-bit elements: a block reads
+/// 31 KB of these in a microsecond, 24 of quantised ones.
 double bytes_read(const Weight& w, const Input& in) {
   const double kept = in.select == Selects::topk        ? in.keep
                       : in.select == Selects::threshold ? 0.5 * in.cols
                                                         : in.cols;
-  return kept * static_cast<double>(w.line_bytes());
+  return kept * static_cast<double>(w.line_bytes()) * (quantised(w.dtype) ? 1.3 : 1);
 }
+
+/// What a group could read while it selects: 2.4 µs.
+constexpr double kSelecting = 300e3;
 
 }  // namespace
 
@@ -294,7 +287,7 @@ bool gemv_together(const Weight& a, const Weight& b) {
 }
 
 bool gemv_fuses(const Stream& s, const Input& in, const Weight& w) {
-  return in.cols <= gemv_longest(s) && shared_bytes(in, true, format_of(w)) <= s.shared_bytes;
+  return in.cols <= kMostHeld && shared_bytes(in, true, format_of(w)) <= s.shared_bytes;
 }
 
 int64_t gemv_longest(const Stream& s) {
@@ -305,8 +298,8 @@ bool gemv_skips(const Stream& s, const Weight& w, const Weight& skip) {
   if (w.layout != Layout::channels || skip.layout != Layout::channels || w.out != skip.out ||
       !aligned(format_of(w)) || !aligned(format_of(skip)))
     return false;
-  return s.multiprocessors >= 2 * kGroup && kMostSkips * kGroup * skip.out <= kMostSent / 4 &&
-         skip_shared_bytes(skip) <= s.shared_bytes;
+  return s.multiprocessors >= 2 * kGroup && skip.in <= kMostHeld &&
+         kMostSkips * kGroup * skip.out <= kMostSent / 4 && skip_shared_bytes(skip) <= s.shared_bytes;
 }
 
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
@@ -339,7 +332,7 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
         a.skip[a.skips++] = {skip.x, lines_of(skip.weight), static_cast<int>(skip.weight.in), {}};
     a.skip_deal.granule = std::max(a.skip_deal.granule, granule_of(args.lines.format));
     lane = std::min(lane, lane_of(args.lines.format));
-    skip_bytes += static_cast<double>(skip.weight.line_bytes() * skip.weight.in);
+    skip_bytes += bytes_read(skip.weight, Input{.cols = static_cast<int>(skip.weight.in)});
     shared = std::max(shared, skip_shared_bytes(skip.weight));
   }
   const int groups = s.multiprocessors / kGroup;
@@ -348,28 +341,27 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
     const int granule = a.skip_deal.granule;
     a.skip_deal.granules = (static_cast<int>(skips[0].weight.out) + granule - 1) / granule;
     a.skip_deal.groups =
-        std::min(skip_groups(groups, a.deal, bytes, a.skip_deal, skip_bytes), a.skip_deal.granules);
-    deal_out(a.skip_deal, kGemvThreads, lane, false);
+        std::min(skip_groups(groups, a.deal, bytes, in.select == Selects::all ? 0 : kSelecting, a.skip_deal,
+                             skip_bytes),
+                 a.skip_deal.granules);
+    deal_out(a.skip_deal, kRowThreads, lane, false);
     for (SkipArgs& skip : std::span(a.skip, static_cast<size_t>(a.skips)))
-      skip.splits = splits_of(a.skip_deal, kGemvThreads, lane_of(skip.lines.format), false);
+      skip.splits = splits_of(a.skip_deal, kRowThreads, lane_of(skip.lines.format), false);
     a.deal.groups -= a.skip_deal.groups;
   }
-  deal_out(a.deal, kGemvThreads, lane_of(a.format), a.paired);
+  deal_out(a.deal, kRowThreads, lane_of(a.format), a.paired);
   a.deal.groups = std::min(a.deal.tiles, a.deal.groups);
-  a.splits = splits_of(a.deal, kGemvThreads, lane_of(a.format), a.paired);
+  a.splits = splits_of(a.deal, kRowThreads, lane_of(a.format), a.paired);
   const int blocks = kGroup * (a.deal.groups + a.skip_deal.groups);
   const int64_t skip_sent = int64_t{kGroup} * a.skips * a.skip_deal.outputs();
   CHECK(int64_t{2} * a.deal.groups * kGroup * widest_tile(a) + skip_sent <= kMostSent);
   a.sent = sent;
   a.skip_sent = sent + (kMostSent - skip_sent);
-  if (in.source == Source::norm) {
-    const int makers = a.deal.groups * kGroup;
-    a.in.left = (in.cols + makers - 1) / makers;
-  }
+  const int makers = a.deal.groups * kGroup;
+  a.in.left = (in.cols + makers - 1) / makers;
   a.stamp = chain.stamps(static_cast<uint32_t>((a.deal.tiles + a.deal.groups - 1) / a.deal.groups));
   a.link = chain.link(s);
-  launch_kernel(s, gemv_kernel, blocks, kGemvThreads,
-                std::max(shared, std::min<int64_t>(kLeastShared, s.shared_bytes)), a);
+  launch_kernel(s, gemv_kernel, blocks, kRowThreads, std::max(shared, shared_alone(s)), a);
   chain.launched(static_cast<unsigned>(blocks));
 }
 

@@ -10,7 +10,7 @@
 namespace larosa::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarp;
+constexpr int kThreads = kRowThreads, kWarps = kRowWarps;
 constexpr int kRows = 2;
 constexpr int kAhead = 4;  // vectors in flight per row
 
@@ -36,14 +36,48 @@ __device__ float dot_vector(const uint4& v, const float* x) {
   return sum;
 }
 
+/// The row, or its norm, to shared memory; every block writes a run of a norm down where the input wants
+/// that.
+__device__ void store_row(const Input& in, float* to) {
+  if (in.source != Source::norm) {
+    // Copies that pass no register are all in flight at once.
+    if (reinterpret_cast<uintptr_t>(in.x) % 16 == 0 && in.cols % 4 == 0) {
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x) * 4; i < in.cols; i += kThreads * 4)
+        fetch_vector(in.x + i, to + i);
+    } else {
+#pragma unroll 1
+      for (int i = static_cast<int>(threadIdx.x); i < in.cols; i += kThreads) fetch_word(in.x + i, to + i);
+    }
+    wait_for_fetched();
+    return __syncthreads();
+  }
+  with_vectors(in.cols, [&](auto n) {
+    Vectors<n.value> row{own_places<n.value>(), {}};
+    row.load(in.x, in.cols);
+    row.clear_beyond(in.cols);
+    const float factor = norm_factor(row.square_sum(select_scratch().reduced), in.cols, in.eps);
+#pragma unroll
+    for (int v = 0; v < n.value; ++v) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int e = row.at.entry(v, i);
+        if (e < in.cols) to[e] = norm_entry(row.x[v][i], factor, in.gain, e);
+      }
+    }
+  });
+  __syncthreads();
+  if (!in.values) return;
+  const int begin = static_cast<int>(blockIdx.x) * in.left, end = min(begin + in.left, in.cols);
+  for (int e = begin + static_cast<int>(threadIdx.x); e < end; e += kThreads) in.values[e] = to[e];
+}
+
 /// kListed: only the outputs of a list, in its order; those whose value is zero stay as they are.
 template <class T, bool kListed>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) float row[];
   wait_for_inputs();
-  const float factor = take_row<kThreads>(a.in, row);
-  if (a.in.source == Source::norm) norm_row<kThreads>(a.in, a.in.gain, factor, row);
-  leave_row<kThreads>(a.in, row);
+  store_row(a.in, row);
   constexpr int kVector = Plain<T>::kLane;
   const int64_t line = static_cast<int64_t>(a.in.cols) * static_cast<int64_t>(sizeof(T));
   const int vectors = a.aligned ? a.in.cols / kVector : 0;
@@ -104,6 +138,7 @@ template <bool kListed>
 void launch(const Stream& s, const Input& in, const Product& product, const int32_t* listed,
             const float* chosen) {
   const Weight& w = product.weight;
+  CHECK(in.select == Selects::all && (in.source == Source::row || in.cols <= kMostHeld));
   const int64_t shared = in.cols * static_cast<int64_t>(sizeof(float));
   if (shared > s.shared_bytes) fail("cuda: a row of ", in.cols, " entries does not fit in shared memory");
   const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.in * dtype_size(w.dtype) % 16 == 0;

@@ -38,6 +38,9 @@ enum class Source { row, norm };
 /// Which of its entries count.
 enum class Selects { all, topk, threshold };
 
+/// Entries of the longest row that a product's blocks can make: they have it in their registers.
+inline constexpr int kMostHeld = 20480;
+
 /// One row as a product wants it, made by the product's own blocks.
 struct Input {
   Source source = Source::row;
@@ -48,7 +51,7 @@ struct Input {
   const float* gain = nullptr;   // norm, or null
   const float* scale = nullptr;  // score weights, or null
   float* values = nullptr;       // where norm puts the row; or null
-  int left = 0;                  // entries of it that a block puts there: the launch's to say
+  int left = 0;                  // entries that a block puts there or to masked: the launch's to say
   int32_t* guess = nullptr;      // the cut of the last time, left for the next; or null
   float* masked = nullptr;       // where a selection goes, as a row with zeros; or null
   int32_t* kept = nullptr;       // and how many entries it kept
@@ -114,7 +117,7 @@ bool gemv_skips(const Stream& s, const Weight& w, const Weight& skip);
 inline constexpr int kMostProducts = 4;
 void gemv(const Stream& s, const Input& in, std::span<const Product> products, std::span<const Skip> skips,
           const Glu& glu, uint64_t* sent, Chain& chain);
-/// The same for one weight in rows layout.
+/// The same for one weight in rows layout; nothing is selected, and a norm has kMostHeld entries at most.
 void gemv_rows(const Stream& s, const Input& in, const Product& product);
 /// Of it the outputs where `chosen` (1, out) is not zero; the others become zero. scratch: 1 + out integers.
 void gemv_outputs(const Stream& s, const Input& in, const Product& product, const float* chosen,

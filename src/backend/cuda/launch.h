@@ -1,6 +1,7 @@
 // One way to launch a kernel, for .cu files. tests/emulation has another one.
 #pragma once
 
+#include <algorithm>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -15,6 +16,13 @@ bool may_depend(void (*kernel)(Params...)) {
   cudaFuncAttributes attributes{};
   check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "kernel");
   return attributes.ptxVersion >= 90;
+}
+
+// A dependent launch puts its blocks where there is room, two on one multiprocessor and none on another if it
+// comes to that: on 66 of an H200's 132 then, and half of the bandwidth is lost. So a block takes more than
+// half of a multiprocessor's shared memory.
+inline int64_t shared_alone(const Stream& s) {
+  return std::min<int64_t>(116 << 10, s.shared_bytes);
 }
 
 template <class... Params>

@@ -22,6 +22,14 @@ __device__ T& block_object() {
   return object;
 }
 
+/// The thread's number. What is worked out from it inside of a loop stays there: the compiler moved the
+/// addresses of rows of every length out of gemv's, into more registers than there are.
+__device__ inline int thread_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 /// Counters in shared memory, by an address that is worked out once: the compiler did it anew for every one
 /// of them.
 class SharedCounters {
@@ -30,11 +38,9 @@ class SharedCounters {
       : at_(static_cast<uint32_t>(__cvta_generic_to_shared(first))) {
     asm volatile("" : "+r"(at_));
   }
-  /// Adds one to counter i, if i < end.
-  __device__ void add_one(unsigned i, unsigned end) const {
-    asm volatile("{ .reg .pred p; setp.lt.u32 p, %1, %2; @p red.shared.add.u32 [%0], 1; }" ::"r"(at_ + i * 4),
-                 "r"(i), "r"(end)
-                 : "memory");
+  /// Adds one to counter i. Under a condition it would be a branch.
+  __device__ void add_one(unsigned i) const {
+    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(at_ + i * 4) : "memory");
   }
 
  private:
@@ -73,10 +79,22 @@ __device__ inline void wait_for_fetched() {
   asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
+/// Starts bringing a line to the second-level cache.
+__device__ inline void fetch_to_cache(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+
 /// What a counter of the device stands at: what was written before it came there is seen behind.
 __device__ inline uint32_t observe(const uint32_t* counter) {
   uint32_t seen;
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+  return seen;
+}
+/// The same for who reads past the first-level cache what was written before: `observe` empties it, and what
+/// registers had no room for comes from further away then.
+__device__ inline uint32_t glance(const uint32_t* counter) {
+  uint32_t seen;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
   return seen;
 }
 /// A value with a stamp, written and read at once: who finds the stamp has the value, without a fence and a

@@ -1,31 +1,37 @@
 // RMSNorm, a block per row; sums in the order of a product that normalises its own input.
+#include "backend/cuda/keys.cuh"
 #include "backend/cuda/launch.h"
-#include "backend/cuda/row.cuh"
 
 namespace larosa::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-
-__global__ void __launch_bounds__(kThreads) norm_kernel(Mat x, const float* gain, float eps, Mat y) {
-  __shared__ float reduced[kThreads / kWarp];
+__global__ void __launch_bounds__(kRowThreads) norm_kernel(Mat x, const float* gain, float eps, Mat y) {
+  __shared__ float reduced[kRowWarps];
   wait_for_inputs();
   const int cols = static_cast<int>(x.cols);
   const float* from = x.data + blockIdx.x * x.stride;
   float* to = y.data + blockIdx.x * y.stride;
-  const float sum = square_sum<kThreads>([&](int e) { return from[e]; }, cols, reduced);
-  const float factor = norm_factor(sum, cols, eps);
-  const Run<kThreads> run(cols);
-  for (int i = 0; i < run.steps; ++i) {
-    const int e = run.entry(i);
-    if (e < cols) to[e] = norm_entry(from[e], factor, gain, e);
+  float sum = 0;
+  if (cols <= kMostHeld) {
+    with_vectors(cols, [&](auto n) {
+      Vectors<n.value> row{own_places<n.value>(), {}};
+      row.load(from, cols);
+      row.clear_beyond(cols);
+      sum = row.square_sum(reduced);
+    });
+  } else {
+    for (int e = static_cast<int>(threadIdx.x); e < cols; e += kRowThreads) sum = fmaf(from[e], from[e], sum);
+    sum = block_reduce<kRowThreads>(sum, reduced, Add());
   }
+  const float factor = norm_factor(sum, cols, eps);
+  for (int e = static_cast<int>(threadIdx.x); e < cols; e += kRowThreads)
+    to[e] = norm_entry(from[e], factor, gain, e);
 }
 
 }  // namespace
 
 void rms_norm(const Stream& s, Mat x, const float* gain, float eps, Mat y) {
-  launch_kernel(s, norm_kernel, static_cast<unsigned>(x.rows), kThreads, 0, x, gain, eps, y);
+  launch_kernel(s, norm_kernel, static_cast<unsigned>(x.rows), kRowThreads, 0, x, gain, eps, y);
 }
 
 }  // namespace larosa::cuda

@@ -244,7 +244,7 @@ int32_t* OneRow::guess_of(const Weight& w) {
 
 /// A product with a weight in rows layout; returns the row for the next one.
 OneRow::Pending OneRow::multiply_rows(Pending from, const Product& product) {
-  if (from.in.masked) {
+  if (from.in.masked || (from.in.source == Source::norm && from.in.cols > kMostHeld)) {
     make(from);
     from = made(from);
   }

@@ -11,22 +11,24 @@
 
 namespace larosa::cuda {
 
-/// Entries with a key above `key` are kept, and the first `ties` of those that have it.
+/// Entries with a key above `key` are kept, and those that have it before entry `end`.
 struct Cut {
-  int key = 0, ties = 0;
+  int key = 0, end = 0;
+
+  __device__ bool keeps(int e, int other) const { return other > key || (other == key && e < end); }
 };
-inline constexpr int kAllTies = 1 << 30;
+__device__ inline Cut keep_all() {
+  return {-1, 0};
+}
 
-/// Bins of a pass, which finds so many bits of the cut. Four thousand around the last cut hold an entry each
-/// at most (4096 entries) or a few: only if the cut's own has more are they ranked, which takes another pass.
-inline constexpr int kBinBits = 12, kBins = 1 << kBinBits, kBinBytes = kBins * 4;
+/// Bins of a pass: two to the power of the row's kBinBits at most, and one for each lane's keys that are in
+/// none, so that nothing is asked of a key. Four thousand around the last cut hold an entry each at most
+/// (4096 entries) or a few: only if the cut's own has more are they ranked, which takes another pass.
+inline constexpr int kMostBins = 1 << 12, kBinBytes = (kMostBins + kWarp) * 4;
 
-template <int kThreads>
 struct SelectScratch {
-  static constexpr int kWarps = kThreads / kWarp;
-  static_assert(kWarps <= kWarp);
-  int warp_sum[kWarps], warp_ties[kWarps];
-  float reduced[kWarps];
+  float reduced[kRowWarps];
+  int count[kRowWarps], of_warp[kRowWarps];
   int guess;
   // find_cut's, cleared before each pass, with its bins:
   int found, rank, held;  // the bin that the cut is in, or -1; entries of it to be kept, and all
@@ -34,10 +36,9 @@ struct SelectScratch {
 };
 
 /// The block's own, in shared memory.
-template <int kThreads>
-__device__ SelectScratch<kThreads>& select_scratch() {
-  static_assert(sizeof(SelectScratch<kThreads>) <= kStaticShared);
-  return block_object<SelectScratch<kThreads>>();
+__device__ inline SelectScratch& select_scratch() {
+  static_assert(sizeof(SelectScratch) <= kStaticShared);
+  return block_object<SelectScratch>();
 }
 
 /// Sum of the warps' values before warp `end`.
@@ -45,34 +46,12 @@ __device__ inline int before_warp(const int* sums, int end) {
   return __reduce_add_sync(~0u, lane() < end ? sums[lane()] : 0);
 }
 
-/// Which entries are to be kept: by value, since through a pointer to the kernel's arguments a function that
-/// is not inlined reads them from memory.
-struct Rule {
-  Selects select;
-  int cols, keep;
-  float cut;
-  int32_t* guess;
-  float* masked;
-  int32_t* kept;
-  int bins;  // offset of kBins in the block's memory, where a list may come later
-};
-__device__ inline Rule rule_of(const Input& in, int bins) {
-  return {in.select, in.cols, in.keep, in.cut, in.guess, in.masked, in.kept, bins};
-}
-
-/// A thread's bins, from the top.
-template <int kThreads>
-__device__ int4* own_bins(int bins) {
-  static_assert(kBins / kThreads % 4 == 0);
-  return reinterpret_cast<int4*>(block_memory() + bins) +
-         (kThreads - 1 - threadIdx.x) * (kBins / kThreads / 4);
-}
-/// Before a barrier, and before find_cut_near.
-template <int kThreads>
-__device__ void clear_bins(int bins) {
-  auto& s = select_scratch<kThreads>();
+/// Before a barrier, and before find_cut. bins: their offset in the block's memory.
+__device__ inline void clear_bins(int bins) {
+  auto& s = select_scratch();
+  auto* const four = reinterpret_cast<int4*>(block_memory() + bins);
 #pragma unroll
-  for (int i = 0; i < kBins / kThreads / 4; ++i) own_bins<kThreads>(bins)[i] = {0, 0, 0, 0};
+  for (int i = 0; i < kMostBins / 4 / kRowThreads; ++i) four[i * kRowThreads + threadIdx.x] = {0, 0, 0, 0};
   if (threadIdx.x == 0) s.found = -1, s.members = 0;
 }
 
@@ -82,32 +61,30 @@ struct Bin {
   int base, held, rank;
 };
 
-/// The bin of the cut that keeps `keep` entries, of kBins from `low` on. One pass counts, and one barrier and
-/// a sum over the bins find it. Bins are clear before; after, for the next pass, they are not.
-template <int kThreads, class Row>
+/// The bin of the cut that keeps `keep` entries, of the row's bins from `low` on. One pass counts, and one
+/// barrier and a sum over the bins find it. Bins are clear before; after, for the next pass, they are not.
+template <class Row>
 __device__ Bin bin_of_cut(const Row& row, int bins, int keep, int low, int shift) {
-  constexpr int kWarps = kThreads / kWarp;
-  auto& s = select_scratch<kThreads>();
+  constexpr int kBins = 1 << Row::kBinBits, kOwn = kBins / kRowThreads;
+  auto& s = select_scratch();
   const unsigned span = (static_cast<unsigned>(kBins) << shift) - 1;
   const int last = low + static_cast<int>(min(span, static_cast<unsigned>(kNanKey - low)));
   const SharedCounters counters(reinterpret_cast<int*>(block_memory() + bins));
+  const unsigned none = static_cast<unsigned>(kBins + lane());
   int above = 0;
-  row.template in_batches<4>(Own(), [&](int, const int(&key)[4], unsigned) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      counters.add_one(static_cast<unsigned>(key[i] - low) >> shift, kBins);  // a lower key has no bin
-      above += key[i] > last;
-    }
+  row.each([&](int, int key) {
+    counters.add_one(min(static_cast<unsigned>(key - low) >> shift, none));
+    above += key > last;
   });
   above = __reduce_add_sync(~0u, above);
-  if (lane() == 0) s.warp_sum[warp()] = above;
+  if (lane() == 0) s.count[warp()] = above;
   __syncthreads();
-  constexpr int kOwn = kBins / kThreads;
   int count[kOwn], own = 0;  // from the top
+  const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
 #pragma unroll
-  for (int i = 0; i < kOwn / 4; ++i) {
-    const int4 four = own_bins<kThreads>(bins)[kOwn / 4 - 1 - i];
-    count[4 * i] = four.w, count[4 * i + 1] = four.z, count[4 * i + 2] = four.y, count[4 * i + 3] = four.x;
+  for (int i = 0; i < kOwn; i += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(block_memory() + bins + (first + kOwn - 4 - i) * 4);
+    count[i] = four.w, count[i + 1] = four.z, count[i + 2] = four.y, count[i + 3] = four.x;
   }
 #pragma unroll
   for (const int n : count) own += n;
@@ -117,39 +94,63 @@ __device__ Bin bin_of_cut(const Row& row, int bins, int keep, int low, int shift
     const int before = __shfl_up_sync(~0u, through, step);
     if (lane() >= step) through += before;
   }
-  if (lane() == kWarp - 1) s.warp_ties[warp()] = through;
+  if (lane() == kWarp - 1) s.of_warp[warp()] = through;
   __syncthreads();
-  through += before_warp(s.warp_sum, kWarps) + before_warp(s.warp_ties, warp());
+  through += before_warp(s.count, kRowWarps) + before_warp(s.of_warp, warp());
   if (through - own < keep && keep <= through) {
-    int wanted = keep - (through - own);
+    const int wanted = keep - (through - own);
+    int at = 0, before = 0, held = count[0], sum = 0;
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
-      if (0 < wanted && wanted <= count[i]) {
-        s.found = kBins - 1 - static_cast<int>(threadIdx.x) * kOwn - i;
-        s.rank = wanted;
-        s.held = count[i];
-      }
-      wanted -= count[i];
+    for (int i = 1; i < kOwn; ++i) {
+      sum += count[i - 1];
+      if (sum < wanted) at = i, before = sum, held = count[i];
     }
+    s.found = first + kOwn - 1 - at;
+    s.rank = wanted - before;
+    s.held = held;
   }
   __syncthreads();
   if (s.found < 0) return {0, 0, 0};
   return {low + (s.found << shift), s.held, s.rank};
 }
 
+/// The end of the first `ties` entries that have a key, which more have. Slow: exact ties are zeros or
+/// chance.
+template <class Row>
+__device__ int end_of_ties(const Row& row, int cols, int key, int ties) {
+  auto& s = select_scratch();
+  int low = 0, high = cols;
+#pragma unroll 1
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    int before = 0;
+    row.each([&](int e, int other) { before += other == key && e < middle; });
+    __syncthreads();  // everybody has read the sums
+    before = block_reduce<kRowThreads>(before, s.count, Add());
+    if (before < ties) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
 /// The cut in a bin of a warp's keys at most, by their ranks.
-template <int kThreads, class Row>
-__device__ Cut ranked_cut(const Row& row, const Bin& bin, int shift) {
-  auto& s = select_scratch<kThreads>();
-  row.template in_batches<4>(Own(), [&](int, const int(&key)[4], unsigned) {
-    const auto in_bin = [&](int i) { return static_cast<unsigned>(key[i] - bin.base) < 1u << shift; };
-    if (!in_bin(0) && !in_bin(1) && !in_bin(2) && !in_bin(3)) return;  // as nearly all
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (in_bin(i)) s.member[atomicAdd(&s.members, 1)] = key[i];
-  });
+template <class Row>
+__device__ Cut ranked_cut(const Row& row, int cols, const Bin& bin, int shift) {
+  auto& s = select_scratch();
+  const auto in_bin = [&](int key) { return static_cast<unsigned>(key - bin.base) < 1u << shift; };
+  int own = 0;
+  row.each([&](int, int key) { own += in_bin(key); });
+  if (own > 0) {  // of few threads
+    int place = atomicAdd(&s.members, own);
+    row.each([&](int, int key) {
+      if (in_bin(key)) s.member[place++] = key;
+    });
+  }
   __syncthreads();
-  const int mine = lane() < bin.held ? s.member[lane()] : kNoKey;
+  const int mine = lane() < bin.held ? s.member[lane()] : -1;
   int greater = 0, equal = 0;
 #pragma unroll 1
   for (int i = 0; i < bin.held; ++i) {
@@ -160,141 +161,85 @@ __device__ Cut ranked_cut(const Row& row, const Bin& bin, int shift) {
   const bool last = lane() < bin.held && greater < bin.rank && bin.rank <= greater + equal;
   const int source = __ffs(static_cast<int>(__ballot_sync(~0u, last))) - 1;
   const int key = __shfl_sync(~0u, mine, source), ties = bin.rank - __shfl_sync(~0u, greater, source);
-  return ties == __shfl_sync(~0u, equal, source) ? Cut{key - 1, 0} : Cut{key, ties};
+  if (ties == __shfl_sync(~0u, equal, source)) return {key - 1, 0};
+  return {key, end_of_ties(row, cols, key, ties)};
 }
 
-/// The cut that keeps exactly `keep` of the row's entries, 0 < keep < cols, among kBins of `1 << shift` keys
-/// from `low` on; then in the one that has it, until what is left can be ranked. Bins are cleared here. Not
-/// inlined: decoding hardly ever comes here, and its own code stays together.
-template <int kThreads, class Row>
-__device__ __noinline__ Cut find_cut(Row row, int bins, int keep, int low, int shift) {
+/// The cut that keeps exactly `keep` of a row's entries, 0 < keep < cols. guess: a key near it, or 0; it
+/// decides how many passes are made, not what is found. Bins are clear.
+template <class Row>
+__device__ Cut find_cut(const Row& row, int cols, int bins, int keep, int guess) {
+  constexpr int kBits = Row::kBinBits, kAll = 31 - kBits;
+  constexpr int kNear = 22 - kBits;  // a quarter of an octave to each side
+  int low = 0, shift = kAll;
+  if (guess > 0) low = max(guess - (1 << (kNear + kBits - 1)), 1), shift = kNear;
 #pragma unroll 1
   for (;;) {
-    __syncthreads();  // everybody has read where the cut was
-    clear_bins<kThreads>(bins);
-    __syncthreads();
-    const Bin bin = bin_of_cut<kThreads>(row, bins, keep, low, shift);
-    if (bin.rank == bin.held) return {bin.base - 1, 0};
-    if (bin.held <= kWarp) return ranked_cut<kThreads>(row, bin, shift);
-    if (shift == 0) return {bin.base, bin.rank};
-    low = bin.base, shift = max(shift - kBinBits, 0);
-  }
-}
-/// The same without a guess: among all sixteenths of octaves.
-template <int kThreads, class Row>
-__device__ Cut find_cut(const Row& row, int bins, int keep) {
-  return find_cut<kThreads>(row, bins, keep, 0, 31 - kBinBits);
-}
-/// The same from a guess, a key near the cut: it decides how many passes are made, not what is found. The
-/// first one is made over `first`, the same row. Bins are clear.
-template <int kThreads, class Row, class First>
-__device__ Cut find_cut_near(const Row& row, const First& first, int bins, int keep, int guess) {
-  constexpr int kNear = 10;  // a quarter of an octave to each side
-  const Bin bin = bin_of_cut<kThreads>(first, bins, keep, max(guess - (kBins << kNear) / 2, 1), kNear);
-  if (bin.held == 0) return find_cut<kThreads>(row, bins, keep);
-  if (bin.rank == bin.held) return {bin.base - 1, 0};
-  if (bin.held <= kWarp) return ranked_cut<kThreads>(row, bin, kNear);
-  return find_cut<kThreads>(row, bins, keep, bin.base, 0);
-}
-
-/// What a rule keeps of a row.
-template <int kThreads, class Row>
-__device__ Cut cut_of(const Row& row, const Rule& rule) {
-  if (rule.select == Selects::all || (rule.select == Selects::topk && rule.keep == rule.cols))
-    return {0, kAllTies};
-  if (rule.select == Selects::threshold) {       // keys are the bits of non-negative floats: so is the cut
-    if (!(rule.cut >= 0)) return {0, kAllTies};  // below zero, or a NaN
-    return {rule.cut == 0 ? 0 : __float_as_int(rule.cut), 0};
-  }
-  if (rule.keep == 0) return {kNanKey, 0};
-  return find_cut<kThreads>(row, rule.bins, rule.keep);
-}
-/// True when that has to be searched for.
-__device__ inline bool searched(const Rule& rule) {
-  return rule.select == Selects::topk && 0 < rule.keep && rule.keep < rule.cols;
-}
-
-/// Entries that a rule keeps of a row, zeros too; for every thread.
-template <int kThreads, class Row>
-__device__ int count_kept(const Row& row, const Rule& rule, const Cut& cut) {
-  if (cut.ties == kAllTies) return rule.cols;
-  if (rule.select == Selects::topk) return rule.keep;
-  int above = 0;
-  row.template each<4>([&](int, int key) { above += key > cut.key; });
-  __syncthreads();
-  return block_reduce<kThreads>(above, select_scratch<kThreads>().warp_sum, Add());
-}
-
-/// Hands a share's kept entries to take(place, index), in the order of the index, zeros left out, and the
-/// others to leave(index); returns how many were taken. Each warp has one run of the row.
-template <int kThreads, class Row, class Take, class Leave>
-__device__ int compact(const Row& row, const Cut& cut, const Own& own, const Take& take, const Leave& leave) {
-  constexpr int kWarps = kThreads / kWarp;
-  auto& s = select_scratch<kThreads>();
-  const uint32_t below = (1u << lane()) - 1;
-  if (cut.ties == 0) {  // a key above another is not zero, nor is its entry
-    int count = 0;
-    row.template in_batches<2>(
-        own, [&](int, const int(&key)[2], unsigned) { count += (key[0] > cut.key) + (key[1] > cut.key); });
-    count = __reduce_add_sync(~0u, count);
-    if (lane() == 0) s.warp_sum[warp()] = count;
-    __syncthreads();
-    const int of_warp = lane() < kWarps ? s.warp_sum[lane()] : 0;
-    int place = __reduce_add_sync(~0u, lane() < warp() ? of_warp : 0);
-    row.template in_batches<2>(own, [&](int first, const int(&key)[2], unsigned there) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const bool kept = key[i] > cut.key;
-        const uint32_t mask = __ballot_sync(~0u, kept);
-        const int e = own.entry(first + i * kWarp);
-        if (kept) {
-          take(place + __popc(mask & below), e);
-        } else if (there >> i & 1) {
-          leave(e);
-        }
-        place += __popc(mask);
-      }
-    });
-    return __reduce_add_sync(~0u, of_warp);
-  }
-  const bool ranked = cut.ties < kAllTies;
-  int ties_before = 0;
-  if (ranked) {
-    int ties = 0;
-    row.template each<1>([&](int, int key) { ties += __popc(__ballot_sync(~0u, key == cut.key)); });
-    if (lane() == 0) s.warp_ties[warp()] = ties;
-    __syncthreads();
-    ties_before = before_warp(s.warp_ties, warp());
-  }
-  const auto each_own = [&](const auto& body) {
-    int ties = ties_before;
-    row.template each<1>([&](int e, int key) {
-      bool kept = key > cut.key || key == cut.key;
-      if (ranked) {
-        const bool tie = key == cut.key;
-        const uint32_t mask = __ballot_sync(~0u, tie);
-        if (tie) kept = ties + __popc(mask & below) < cut.ties;
-        ties += __popc(mask);
-      }
-      const bool here = key != kNoKey && own.has(e);
-      const bool present = here && kept && __float_as_uint(row.value(e)) != 0;
-      body(e, here, __ballot_sync(~0u, present), present);
-    });
-  };
-  int count = 0;
-  each_own([&](int, bool, uint32_t mask, bool) { count += __popc(mask); });
-  if (lane() == 0) s.warp_sum[warp()] = count;
-  __syncthreads();
-  int place = before_warp(s.warp_sum, warp());
-  each_own([&](int e, bool here, uint32_t mask, bool present) {
-    if (present) {
-      take(place + __popc(mask & below), e);
-    } else if (here) {
-      leave(e);
+    const Bin bin = bin_of_cut(row, bins, keep, low, shift);
+    if (bin.held == 0) {
+      low = 0, shift = kAll;
+    } else if (bin.rank == bin.held) {
+      return {bin.base - 1, 0};
+    } else if (bin.held <= kWarp) {
+      return ranked_cut(row, cols, bin, shift);
+    } else if (shift == 0) {
+      return {bin.base, end_of_ties(row, cols, bin.base, bin.rank)};
+    } else {
+      low = bin.base, shift = max(shift - kBits, 0);
     }
+    __syncthreads();  // everybody has read where the cut was
+    clear_bins(bins);
+    __syncthreads();
+  }
+}
+
+/// What `in` selects of a row.
+template <class Row>
+__device__ Cut cut_of(const Row& row, const Input& in, int bins, int guess) {
+  if (in.select == Selects::all || (in.select == Selects::topk && in.keep == in.cols)) return keep_all();
+  if (in.select == Selects::threshold) {    // keys are the bits of non-negative floats: so is the cut
+    if (!(in.cut >= 0)) return keep_all();  // below zero, or a NaN
+    return {in.cut == 0 ? 0 : __float_as_int(in.cut), 0};
+  }
+  if (in.keep == 0) return {kNanKey, 0};
+  return find_cut(row, in.cols, bins, in.keep, guess);
+}
+
+/// Entries that `in` keeps of a row, zeros too; for every thread.
+template <class Row>
+__device__ int count_kept(const Row& row, const Input& in, const Cut& cut) {
+  if (cut.key < 0) return in.cols;
+  if (in.select == Selects::topk) return in.keep;
+  int kept = 0;
+  row.each([&](int e, int key) { kept += cut.keeps(e, key) && e < in.cols; });
+  __syncthreads();
+  return block_reduce<kRowThreads>(kept, select_scratch().count, Add());
+}
+
+/// take(place, e, x) of what is not zero in a share of a row in memory, in order; returns how many these are.
+template <class Take>
+__device__ int list_stored(const float* row, int cols, const Own& own, const Take& take) {
+  auto& s = select_scratch();
+  const int count = own.count(cols), steps = (count + kRowThreads - 1) / kRowThreads;
+  // A warp has one run of the share.
+  const auto each = [&](const auto& body) {
+#pragma unroll 4
+    for (int i = 0; i < steps; ++i) {
+      const int number = (warp() * steps + i) * kWarp + lane();
+      const float x = number < count ? __ldcg(row + own.entry(number)) : 0;
+      body(own.entry(number), x, __ballot_sync(~0u, __float_as_uint(x) != 0));
+    }
+  };
+  int listed = 0;
+  each([&](int, float, uint32_t mask) { listed += __popc(mask); });
+  if (lane() == 0) s.of_warp[warp()] = listed;
+  __syncthreads();
+  int place = before_warp(s.of_warp, warp());
+  each([&](int e, float x, uint32_t mask) {
+    if (mask >> lane() & 1) take(place + __popc(mask & ((1u << lane()) - 1)), e, x);
     place += __popc(mask);
   });
-  return before_warp(s.warp_sum, kWarps);
+  return before_warp(s.of_warp, kRowWarps);
 }
 
 }  // namespace larosa::cuda

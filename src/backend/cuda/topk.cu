@@ -6,43 +6,63 @@
 namespace larosa::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
-
-template <class Row>
-__device__ void select_row(const Row& row, const Cut& cut, const Rule& rule, float* masked, int32_t* kept) {
-  compact<kThreads>(
-      row, cut, Own(), [&](int, int e) { masked[e] = row.value(e); }, [&](int e) { masked[e] = 0; });
-  const int count = count_kept<kThreads>(row, rule, cut);
+template <class Row, class Write>
+__device__ void select_one(const Input& in, const Row& row, const Write& write, int32_t* kept) {
+  const Cut cut = cut_of(row, in, 0, 0);
+  write(cut);
+  const int count = count_kept(row, in, cut);
   if (threadIdx.x == 0) *kept = count;
 }
 
-/// One block per row. held: its memory holds the row and its keys.
-__global__ void __launch_bounds__(kThreads)
-    select_kernel(const __grid_constant__ Input in, int64_t stride, bool held, float* masked, int32_t* kept) {
+/// One block per row. Its memory has bins and, behind them, score weights of a row that registers hold.
+__global__ void __launch_bounds__(kRowThreads)
+    select_kernel(const __grid_constant__ Input in, int64_t stride, float* masked, int32_t* kept) {
   const float* const x = in.x + blockIdx.x * stride;
   float* const to = masked + blockIdx.x * static_cast<int64_t>(in.cols);
-  float *const values = floats_at(kBinBytes), *const scale = floats_at(kBinBytes + padded_bytes(in.cols, 4));
-  const Rule rule = rule_of(in, 0);
-  if (held && in.scale) fetch_row<kThreads>(in.scale, in.cols, scale);
+  const bool held = in.cols <= kMostHeld, scaled = in.scale != nullptr;
+  if (held && scaled) fetch_factors(in.scale, in.cols, floats_at(kBinBytes));
+  clear_bins(0);
+  __syncthreads();
   wait_for_inputs();
   if (held) {
-    fetch_row<kThreads>(x, in.cols, values);
-    wait_for_row();
-    const KeyedRow<kThreads> row{values, reinterpret_cast<const int*>(scale), in.cols};
-    const Cut cut = keyed_cut<kThreads>({values, scale, in.scale != nullptr, in.cols}, row, rule, 0);
-    select_row(row, cut, rule, to, kept + blockIdx.x);
+    with_vectors(in.cols, [&](auto n) {
+      Vectors<n.value> row{own_places<n.value>(), {}};
+      row.load(x, in.cols);
+      row.clear_beyond(in.cols);
+      wait_for_fetched();
+      HeldKeys<n.value> keys{row.at, {}};
+#pragma unroll
+      for (int v = 0; v < n.value; ++v) {
+        float score[4] = {row.x[v][0], row.x[v][1], row.x[v][2], row.x[v][3]};
+        if (scaled) multiply_by(kBinBytes, row.at.vector(v), score);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) keys.key[v][i] = score_key(score[i]);
+      }
+      const auto write = [&](const Cut& cut) {
+#pragma unroll
+        for (int v = 0; v < n.value; ++v) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int e = row.at.entry(v, i);
+            if (e < in.cols) to[e] = cut.keeps(e, keys.key[v][i]) ? row.x[v][i] : 0;
+          }
+        }
+      };
+      select_one(in, keys, write, kept + blockIdx.x);
+    });
   } else {
-    const MemoryRow<kThreads> row{x, in.scale, in.cols};
-    select_row(row, cut_of<kThreads>(row, rule), rule, to, kept + blockIdx.x);
+    const MemoryRow row{x, in.scale, in.cols};
+    const auto write = [&](const Cut& cut) {
+      row.each([&](int e, int key) { to[e] = cut.keeps(e, key) ? x[e] : 0; });
+    };
+    select_one(in, row, write, kept + blockIdx.x);
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kRowThreads)
     list_kernel(const float* x, int cols, int32_t* count, int32_t* index) {
   wait_for_inputs();
-  const MemoryRow<kThreads> row{x, nullptr, cols};
-  const int listed = compact<kThreads>(
-      row, Cut{0, kAllTies}, Own(), [&](int place, int e) { index[place] = e; }, [](int) {});
+  const int listed = list_stored(x, cols, Own(), [&](int place, int e, float) { index[place] = e; });
   if (threadIdx.x == 0) *count = listed;
 }
 
@@ -52,14 +72,13 @@ void select(const Stream& s, Mat x, const Input& rule, float* masked, int32_t* k
   Input in = rule;
   in.x = x.data;
   in.cols = static_cast<int>(x.cols);
-  const int64_t shared = kBinBytes + int64_t{2} * padded_bytes(in.cols, 4);
-  const bool held = shared <= s.shared_bytes;
-  launch_kernel(s, select_kernel, static_cast<unsigned>(x.rows), kThreads, held ? shared : kBinBytes, in,
-                x.stride, held, masked, kept);
+  const int64_t scale = in.scale && in.cols <= kMostHeld ? factors_bytes(in.cols) : 0;
+  launch_kernel(s, select_kernel, static_cast<unsigned>(x.rows), kRowThreads, kBinBytes + scale, in, x.stride,
+                masked, kept);
 }
 
 void list_entries(const Stream& s, const float* row, int64_t cols, int32_t* count, int32_t* index) {
-  launch_kernel(s, list_kernel, 1, kThreads, 0, row, static_cast<int>(cols), count, index);
+  launch_kernel(s, list_kernel, 1, kRowThreads, 0, row, static_cast<int>(cols), count, index);
 }
 
 }  // namespace larosa::cuda

@@ -148,6 +148,8 @@ T atomicAdd(T* p, T v) {
 }
 template <class T>
 T __ldcg(const T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % alignof(T) != 0)
+    larosa::emulation::give_up("an access is not aligned");
   return *p;
 }
 template <class T>
@@ -209,12 +211,14 @@ T& block_object() {
   return *static_cast<T*>(emulation::block_object(&key, sizeof(T)));
 }
 
+inline int thread_anew() {
+  return static_cast<int>(threadIdx.x);
+}
+
 class SharedCounters {
  public:
   explicit SharedCounters(int* first) : first_(first) {}
-  void add_one(unsigned i, unsigned end) const {
-    if (i < end) ++first_[i];
-  }
+  void add_one(unsigned i) const { ++first_[i]; }
 
  private:
   int* first_;
@@ -240,9 +244,13 @@ inline void fetch_word(const void* x, void* to) {
   std::memcpy(to, aligned_to(x, 4), 4);
 }
 inline void wait_for_fetched() {}
+inline void fetch_to_cache(const void*) {}
 inline uint32_t observe(const uint32_t* counter) {
   emulation::yield();
   return *counter;
+}
+inline uint32_t glance(const uint32_t* counter) {
+  return observe(counter);
 }
 inline void send(uint64_t* to, float value, uint32_t stamp) {
   *to = uint64_t{stamp} << 32 | __float_as_uint(value);
