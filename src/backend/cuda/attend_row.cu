@@ -169,6 +169,13 @@ __global__ void __launch_bounds__(kThreads) one_row_kernel(const __grid_constant
     }
   };
   name_pairs(0);
+  // Keys of other positions are there already.
+  const auto* const old_keys =
+      reinterpret_cast<const char*>(keys + place_of(a.cache, kv_head, begin) * int64_t{width});
+  constexpr int kLine = 128;
+  for (int at = static_cast<int>(threadIdx.x) * kLine; at < count * width * static_cast<int>(sizeof(T));
+       at += kThreads * kLine)
+    fetch_to_cache(old_keys + at);
   wait_for_inputs(a.link);
   start_next();
   turn_pairs();
@@ -329,8 +336,10 @@ int64_t stretches_of(const Stream& s, const Step& a, int64_t count) {
 template <class T, int kHeads>
 void launch_one(const Stream& s, Step& a, Chain& chain, dim3 blocks) {
   a.link = chain.link(s);
+  const int64_t shared = 4 * one_row_floats(kHeads, a.cache.head_dim, a.per);
+  const bool few = blocks.x * blocks.y <= static_cast<unsigned>(s.multiprocessors);
   launch_kernel(s, a.cache.head_dim % 4 == 0 ? one_row_kernel<T, kHeads, 4> : one_row_kernel<T, kHeads, 1>,
-                blocks, kThreads, 4 * one_row_floats(kHeads, a.cache.head_dim, a.per), a);
+                blocks, kThreads, few ? std::max(shared, shared_alone(s)) : shared, a);
   chain.launched(blocks.x * blocks.y);
 }
 
