@@ -86,8 +86,9 @@ __device__ inline void begin_row(const Input& in, const RowMemory& memory) {
   if (memory.scale >= 0) fetch_factors(in.scale, in.cols, floats_at(memory.scale));
   if (in.select != Selects::topk) return;
   clear_bins(memory.list);
-  // Once for a block: its first one may leave the next guess meanwhile.
-  if (threadIdx.x == 0) select_scratch().guess = in.guess ? __ldcg(in.guess) : 0;
+  // Once for a block: its first one may leave the next guess meanwhile. Not by the thread that waits for the
+  // inputs, which would begin to look for them half a microsecond later.
+  if (threadIdx.x == kRowThreads - 1) select_scratch().guess = in.guess ? __ldcg(in.guess) : 0;
 }
 
 /// The entries rank, rank + 4, … whose value x[v] is `kept(v)` and not zero, to the list in their order;
@@ -144,11 +145,8 @@ class Leaving {
     if (first_ < end_) x_ = __ldcg(in.x + first_);
   }
   __device__ void leave(const Input& in, const RowMemory& memory, float factor, const Cut& cut) const {
-    const float *const gain = memory.gain < 0 ? nullptr : floats_at(memory.gain), *const scale =
-                                                                                      memory.scale < 0
-                                                                                          ? nullptr
-                                                                                          : floats_at(
-                                                                                                memory.scale);
+    const float* const gain = memory.gain < 0 ? nullptr : floats_at(memory.gain);
+    const float* const scale = memory.scale < 0 ? nullptr : floats_at(memory.scale);
 #pragma unroll 1
     for (int e = first_; e < end_; e += kRowThreads) {
       float x = e == first_ ? x_ : __ldcg(in.x + e);
@@ -209,8 +207,8 @@ __device__ Channels held_row(const Input& in, const RowMemory& memory, int rank)
     }
     if (in.guess && threadIdx.x == 0) __stcg(in.guess, cut.key);
   }
-  leaving.leave(in, memory, factor, cut);
   __syncthreads();
+  leaving.leave(in, memory, factor, cut);
   return {false, list, count};
 }
 
@@ -227,4 +225,5 @@ __device__ inline Channels prepare_row(const Input& in, const RowMemory& memory,
   }
   return channels;
 }
+
 }  // namespace larosa::cuda
