@@ -159,7 +159,7 @@ void add_all() {
       add(name_of("gemv", s, dtype, Layout::rows), gemv, s, dtype, Layout::rows, 1.0);
   }
   for (const Shape s : {Shape{2048, 8192}, Shape{4096, 11008}}) {
-    for (const DType dtype : types(Layout::rows)) {
+    for (const DType dtype : kTypes) {
       for (const double keep : {1.0, 0.5, 0.25, 0.1})
         add(name_of("outputs", s, dtype, Layout::rows) + "/keep:" + std::to_string(keep), outputs, s, dtype,
             keep);

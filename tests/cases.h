@@ -39,13 +39,6 @@ inline const std::vector<Shape> kBenchShapes = {
 inline const std::vector<int64_t> kRows = {1, 2, 3, 17, 64};
 inline const std::vector<DType> kTypes = {DType::f32, DType::f16, DType::bf16, DType::int8, DType::int4};
 inline const std::vector<Layout> kLayouts = {Layout::channels, Layout::rows};
-/// Types that products take in a layout.
-inline std::vector<DType> types(Layout layout) {
-  std::vector<DType> all;
-  for (const DType t : kTypes)
-    if (layout == Layout::channels || !quantised(t)) all.push_back(t);
-  return all;
-}
 inline const std::vector<int> kThreads = {1, 2, 3, 4};
 
 inline std::vector<int64_t> keeps(int64_t n) {

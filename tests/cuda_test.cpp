@@ -40,7 +40,7 @@ void each_product(Backend& cuda, int64_t rows, bool extra, const Body& body) {
   shapes.push_back({11008, 512});
   for (const Shape s : shapes) {
     for (const Layout layout : kLayouts) {
-      for (const DType dtype : types(layout)) {
+      for (const DType dtype : kTypes) {
         const ProductCase c(rows, s, dtype, layout, extra, extra);
         for (const bool aligned : {true, false}) {
           if (!aligned && quantised(dtype)) continue;
@@ -90,7 +90,7 @@ TEST_F(Cuda, OutputsEqualTheProductWhereKept) {
     for (const Shape s : kShapes) {
       if (rows * s.in * s.out > 3'000'000) continue;
       for (const Layout layout : kLayouts) {
-        for (const DType dtype : types(layout)) {
+        for (const DType dtype : kTypes) {
           SCOPED_TRACE(std::to_string(rows) + " rows " + std::to_string(s.in) + "→" + std::to_string(s.out) +
                        " " + dtype_name(dtype) + (layout == Layout::rows ? " rows" : " channels"));
           const ProductCase c(rows, s, dtype, layout, true, false);
@@ -135,7 +135,7 @@ TEST_F(Cuda, MatmulMatchesTruth) {
       for (const Shape s : kShapes) {
         if (rows * s.in * s.out > 3'000'000) continue;
         for (const Layout layout : kLayouts) {
-          for (const DType dtype : types(layout)) {
+          for (const DType dtype : kTypes) {
             const bool extra = (rows + s.in) % 2 == 0;
             const ProductCase c(rows, s, dtype, layout, extra, extra);
             DeviceCase device(*backend, c, rows == 2 || quantised(dtype));
@@ -194,8 +194,8 @@ TEST_F(Cuda, WaitingRowsAreSeen) {
 /// somebody looks or the product cannot take it.
 TEST_F(Cuda, SkipsAreAdded) {
   constexpr int64_t kIn = 384, kSkip = 320, kTop = 64, kOut = 264;
-  for (const DType dtype : types(Layout::channels)) {
-    for (const DType skip_dtype : types(Layout::channels)) {
+  for (const DType dtype : kTypes) {
+    for (const DType skip_dtype : kTypes) {
       for (const bool aligned : {true, false}) {
         if (!aligned && quantised(dtype)) continue;
         for (const bool looked : {false, true}) {

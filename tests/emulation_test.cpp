@@ -56,10 +56,10 @@ cuda::Input row_of(const Mat& x) {
   return in;
 }
 
-/// body(dtype, aligned) for every type of channels.
+/// body(dtype, aligned) for every type.
 template <class Body>
 void each_type(const Body& body) {
-  for (const DType dtype : types(Layout::channels)) {
+  for (const DType dtype : kTypes) {
     for (const bool aligned : {true, false}) {
       if (!aligned && quantised(dtype)) continue;
       SCOPED_TRACE(std::string(dtype_name(dtype)) + (aligned ? "" : " unaligned"));
@@ -93,6 +93,37 @@ TEST_F(Emulation, ProductsMatchTruth) {
         for (const Product& p : products) device_.gemv(row_of(c.x.mat), {p});
       }
       EXPECT_LE(worst_ratio(y, c.run(*ref_), c.tolerances(sum_bound(s.in))), 1);
+    });
+  }
+}
+
+/// Weights by outputs: whole products, and of them the outputs of a list, bit for bit.
+TEST_F(Emulation, RowsMatchTruth) {
+  for (const Shape s : kShapes) {
+    SCOPED_TRACE(std::to_string(s.in) + "→" + std::to_string(s.out));
+    each_type([&](DType dtype, bool aligned) {
+      if (s.out > 1000 && dtype != DType::int4) return;  // more rows than blocks take at once: one type
+      const ProductCase c(1, s, dtype, Layout::rows, true, true);
+      const std::vector<Rows> y = c.results();
+      for (Product p : c.products(y)) {
+        const PlacedWeight w(p.weight, aligned);
+        p.weight = w.weight;
+        cuda::gemv_rows(device_.stream, row_of(c.x.mat), p);
+      }
+      EXPECT_LE(worst_ratio(y, c.run(*ref_), c.tolerances(sum_bound(s.in))), 1);
+      const PlacedWeight w(c.weights[0].weight, aligned);
+      const Rows all(1, s.out), some(1, s.out), chosen(1, s.out);
+      for (int64_t j = 0; j < s.out; ++j)
+        chosen.mat.data[j] = j % 3 == 0 ? 0.0f : j % 7 == 0 ? -0.0f : random_.normal();
+      std::vector<int32_t> scratch(static_cast<size_t>(1 + s.out));
+      cuda::gemv_rows(device_.stream, row_of(c.x.mat), {w.weight, all.mat, false});
+      cuda::gemv_outputs(device_.stream, row_of(c.x.mat), {w.weight, some.mat, false}, chosen.mat.data,
+                         scratch.data());
+      for (int64_t j = 0; j < s.out; ++j) {
+        if (chosen.at(0, j) == 0) all.mat.data[j] = 0;
+      }
+      EXPECT_EQ(bits_differ(some.mat, all.mat), 0);
+      EXPECT_TRUE(some.gaps_intact());
     });
   }
 }
@@ -316,8 +347,8 @@ TEST_F(Emulation, GatedActivationFollowsItsPair) {
 
 TEST_F(Emulation, SkipsAreAdded) {
   constexpr int64_t kIn = 384, kSkip = 320, kTop = 64, kOut = 264;
-  for (const DType dtype : types(Layout::channels)) {
-    for (const DType skip_dtype : types(Layout::channels)) {
+  for (const DType dtype : kTypes) {
+    for (const DType skip_dtype : kTypes) {
       SCOPED_TRACE(std::string(dtype_name(dtype)) + " after " + dtype_name(skip_dtype));
       const StoredWeight w(dtype, Layout::channels, kIn, kOut, true, random_),
           skip(skip_dtype, Layout::channels, kSkip, kOut, false, random_),

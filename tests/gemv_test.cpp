@@ -19,7 +19,7 @@ void each_case(const Body& body) {
     const Cpu cpu(isa, 2);
     for (const Shape s : kShapes) {
       for (const Layout layout : kLayouts) {
-        for (const DType dtype : types(layout)) {
+        for (const DType dtype : kTypes) {
           SCOPED_TRACE(name_of(isa, s, dtype, layout));
           body(cpu, isa, s, dtype, layout);
         }
@@ -142,7 +142,7 @@ TEST(Outputs, ThreadsChangeNoBit) {
   Random random(12);
   const Rows x = Rows(1, 257).fill(random), score = Rows(1, 1409).fill(random);
   for (const std::string& isa : isas()) {
-    for (const DType dtype : types(Layout::rows)) {
+    for (const DType dtype : kTypes) {
       const StoredWeight w(dtype, Layout::rows, 257, 1409, true, random);
       std::set<std::vector<float>> found;
       for (const int threads : kThreads) {
@@ -182,7 +182,7 @@ TEST(Gemv, NotANumberComesThrough) {
 TEST(Gemv, ThreadsChangeNoBit) {
   for (const std::string& isa : isas()) {
     for (const Layout layout : kLayouts) {
-      for (const DType dtype : types(layout)) {
+      for (const DType dtype : kTypes) {
         const ProductCase c(1, {257, 1409}, dtype, layout, true, true);
         const Cpu one(isa, 1);
         const auto expected = c.run(*one.backend);
@@ -205,7 +205,7 @@ TEST(Gemv, ReadingChangesNoBit) {
   if (std::ranges::count(here, "zen5") == 0 || std::ranges::count(here, "avx512vnni") == 0) GTEST_SKIP();
   const Cpu many("avx512vnni", 2), few("zen5", 2);
   for (const Shape s : {Shape{257, 1409}, Shape{150, 4224}, Shape{70, 16640}}) {
-    for (const DType dtype : types(Layout::channels)) {
+    for (const DType dtype : kTypes) {
       const ProductCase c(1, s, dtype, Layout::channels, true, true);
       for (const int64_t keep : keeps(s.in)) {
         const auto kept = many->make_selection(1, s.in);

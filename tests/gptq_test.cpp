@@ -29,20 +29,28 @@ struct Case {
       }
     }
   }
-  FoldedTensor rounded(DType t, int threads) const {
+  FoldedTensor rounded(DType t, int threads, Layout layout = Layout::channels) const {
     ThreadPool pool(threads);
     const RoundingFactor factor = rounding_factor(Matrix(moments), 0.01, *make_host_algebra(pool));
-    return round_by_moments("w", weight, t, factor, pool);
+    std::vector<float> turned(values.size());
+    for (int64_t i = 0; i < in; ++i) {
+      for (int64_t j = 0; j < weight.out; ++j)
+        turned[static_cast<size_t>(j * in + i)] = values[static_cast<size_t>(i * weight.out + j)];
+    }
+    Weight w = weight;
+    w.layout = layout;
+    if (layout == Layout::rows) w.data = turned.data();
+    return round_by_moments("w", w, t, factor, pool);
   }
-  FoldedTensor nearest(DType t) const {
+  FoldedTensor nearest(DType t, Layout layout = Layout::channels) const {
     ThreadPool pool(1);
     Matrix wide(in, weight.out);
     std::copy(values.begin(), values.end(), wide.data.begin());
-    return stored_tensor("w", wide, t, pool);
+    return stored_tensor("w", layout == Layout::rows ? transposed(wide) : wide, t, pool);
   }
   /// Σ over inputs and outputs of the squared difference of the products.
-  double loss(const FoldedTensor& tensor, DType t) const {
-    const Weight stored{tensor.bytes.data(), nullptr, t, Layout::channels, in, weight.out};
+  double loss(const FoldedTensor& tensor, DType t, Layout layout = Layout::channels) const {
+    const Weight stored{tensor.bytes.data(), nullptr, t, layout, in, weight.out};
     const std::vector<float> read = read_weight(stored);
     double sum = 0;
     for (int64_t r = 0; r < inputs.rows; ++r) {
@@ -50,7 +58,8 @@ struct Case {
         double miss = 0;
         for (int64_t i = 0; i < in; ++i) {
           const auto at = static_cast<size_t>(i * weight.out + j);
-          miss += inputs.row(r)[i] * (double{values[at]} - double{read[at]});
+          const auto stands = layout == Layout::rows ? static_cast<size_t>(j * in + i) : at;
+          miss += inputs.row(r)[i] * (double{values[at]} - double{read[stands]});
         }
         sum += miss * miss;
       }
@@ -66,25 +75,32 @@ struct Case {
 
 TEST(Gptq, IsNearestWhereInputsAreUncorrelated) {
   for (const DType t : {DType::int8, DType::int4}) {
-    const Case c(150, 700, false);
-    EXPECT_TRUE(c.rounded(t, 2).bytes == c.nearest(t).bytes) << dtype_name(t);
-    Case none(40, 129, false);  // no input at all
-    std::fill(none.moments.data.begin(), none.moments.data.end(), 0.0);
-    EXPECT_TRUE(none.rounded(t, 2).bytes == none.nearest(t).bytes) << dtype_name(t);
+    for (const Layout layout : cases::kLayouts) {
+      const Case c(150, 700, false);
+      EXPECT_TRUE(c.rounded(t, 2, layout).bytes == c.nearest(t, layout).bytes) << dtype_name(t);
+      Case none(40, 129, false);  // no input at all
+      std::fill(none.moments.data.begin(), none.moments.data.end(), 0.0);
+      EXPECT_TRUE(none.rounded(t, 2, layout).bytes == none.nearest(t, layout).bytes) << dtype_name(t);
+    }
   }
 }
 
 TEST(Gptq, ProductsAreNearerThanNearest) {
   for (const DType t : {DType::int8, DType::int4}) {
-    const Case c(150, 200, true);
-    EXPECT_LT(c.loss(c.rounded(t, 1), t), 0.7 * c.loss(c.nearest(t), t)) << dtype_name(t);
+    for (const Layout layout : cases::kLayouts) {
+      const Case c(150, 200, true);
+      EXPECT_LT(c.loss(c.rounded(t, 1, layout), t, layout), 0.7 * c.loss(c.nearest(t, layout), t, layout))
+          << dtype_name(t) << (layout == Layout::rows ? " rows" : " channels");
+    }
   }
 }
 
 TEST(Gptq, ThreadsDoNotChangeABit) {
   const Case c(150, 1500, true);
-  const auto one = c.rounded(DType::int4, 1).bytes;
-  for (const int threads : {2, 3}) EXPECT_TRUE(c.rounded(DType::int4, threads).bytes == one);
+  for (const Layout layout : cases::kLayouts) {
+    const auto one = c.rounded(DType::int4, 1, layout).bytes;
+    for (const int threads : {2, 3}) EXPECT_TRUE(c.rounded(DType::int4, threads, layout).bytes == one);
+  }
 }
 
 TEST(Gptq, RefusesWhatIsNotFinite) {

@@ -22,7 +22,7 @@ TEST(Matmul, MatchesTruth) {
         for (const int64_t rows : kRows) {
           if (rows == 1 || rows * s.in * s.out > 6'000'000) continue;
           for (const Layout layout : kLayouts) {
-            for (const DType dtype : types(layout)) {
+            for (const DType dtype : kTypes) {
               const bool extra = (rows + s.in) % 2 == 0;
               const ProductCase c(rows, s, dtype, layout, extra, extra);
               const auto got = c.run(*cpu.backend), truth = c.run(*ref);
@@ -42,7 +42,7 @@ TEST(Matmul, DeepPanels) {
   for (const Products arithmetic : {Products::f32, Products::bf16}) {
     const Cpu cpu(isas().front(), 2, arithmetic);
     for (const Layout layout : kLayouts) {
-      for (const DType dtype : types(layout)) {
+      for (const DType dtype : kTypes) {
         ProductCase c(5, {5000, 70}, dtype, layout, true, true);
         const auto got = c.run(*cpu.backend), truth = c.run(*ref);
         EXPECT_LE(worst_ratio(got, truth, c.tolerances(bound_of(arithmetic, 5000))), 1) << dtype_name(dtype);
@@ -89,7 +89,7 @@ TEST(Matmul, SparseEqualsDenseOfMaskedRows) {
 TEST(Matmul, ThreadsChangeNoBit) {
   for (const Products arithmetic : {Products::f32, Products::bf16}) {
     for (const Layout layout : kLayouts) {
-      for (const DType dtype : types(layout)) {
+      for (const DType dtype : kTypes) {
         for (const int64_t rows : {2, 17}) {
           const ProductCase c(rows, {1500, 900}, dtype, layout, true, true);
           const Cpu one(isas().front(), 1, arithmetic);

@@ -179,11 +179,15 @@ TEST_F(Methods, WinaMakesChannelsOrthogonal) {
 /// Neurons left out, and dropped entries through products of low rank: the budget with everything that is
 /// read.
 TEST_F(Methods, CatsAndRsparseReachTheirBudget) {
-  for (const auto& [method, sparsity] : {std::pair{"cats", 0.3}, {"rsparse", 0.4}}) {
-    SCOPED_TRACE(method);
+  for (const auto& [method, sparsity, type] : {std::tuple{"cats", 0.3, DType::bf16},
+                                               {"cats", 0.3, DType::int4},
+                                               {"rsparse", 0.4, DType::bf16},
+                                               {"rsparse", 0.4, DType::int8}}) {
+    SCOPED_TRACE(std::string(method) + " " + dtype_name(type));
     TemporaryDir dir;
     SparsifyOptions options = with_sparsity(sparsity);
     options.method = method;
+    options.types.weights = type;
     options.choice.mix = 0.8;
     make(demo_model(), dir / "out", options);
     const Model model = load_model(dir / "out");
@@ -197,7 +201,11 @@ TEST_F(Methods, CatsAndRsparseReachTheirBudget) {
     const double off = relative_rms(sparse, dense);
     EXPECT_GT(off, 0.01);
     EXPECT_LT(off, 0.7);
-    EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 1), sparse), 0.01);
+    // At 8 and 4 bits a row alone is rounded otherwise, and what stands close to a cut falls on its other
+    // side.
+    if (!quantised(type)) {
+      EXPECT_LT(relative_rms(all_logits(model, *backend_, tokens, 1), sparse), 0.01);
+    }
     const PerplexityResult r = score(model);
     EXPECT_NEAR(r.reached.value(), sparsity, 0.02);
     // What CATS leaves out of up are outputs, not entries of h3.
@@ -219,13 +227,7 @@ TEST_F(Methods, CatsAndRsparseRefuse) {
   };
   EXPECT_NE(refused("cats", 0.6, [](SparsifyOptions&) {}).find("expected at most 0.4"), std::string::npos);
   EXPECT_NE(
-      refused("cats", 0.3, [](SparsifyOptions& o) { o.types.weights = DType::int8; }).find("--weights int8"),
-      std::string::npos);
-  EXPECT_NE(
       refused("cats", 0.3, [](SparsifyOptions& o) { o.choice.allocation = Allocation::greedy; }).find("cats"),
-      std::string::npos);
-  EXPECT_NE(
-      refused("rsparse", 0.3, [](SparsifyOptions& o) { o.types.weights = DType::int4; }).find("low rank"),
       std::string::npos);
   EXPECT_NE(refused("rsparse", 0.3, [](SparsifyOptions& o) { o.choice.mix = 1.5; }).find("--mix 1.5"),
             std::string::npos);
@@ -255,14 +257,15 @@ TEST_F(Methods, TrainedSparseEqualsDenseBitForBit) {
     const bool chooses = original.layers[0].plan.neurons.select != Select::all;
     EXPECT_EQ(chooses, original.config.sparse_ratio == 0);
     EXPECT_EQ(stored.layers[0].weights[Projection::up].layout, chooses ? Layout::rows : Layout::channels);
-    EXPECT_EQ(lines.layers[0].weights[Projection::up].layout, Layout::channels);
-    if (chooses) {  // int8 reads up whole and drops of down alone
+    EXPECT_EQ(lines.layers[0].weights[Projection::up].layout,
+              stored.layers[0].weights[Projection::up].layout);
+    if (chooses) {  // of up as well as of down, at 8 bits as the source
       const auto& weights = plan_shape(original.config).projection_weights;
-      const PerplexityResult by_outputs = score(stored), by_channels = score(lines);
       const double down = static_cast<double>(weights[static_cast<size_t>(Projection::down)]) /
                           static_cast<double>(std::accumulate(weights.begin(), weights.end(), int64_t{0}));
-      EXPECT_NEAR(by_channels.reached.value(), by_channels.reached_sites[3] * down, 1e-9);
-      EXPECT_GT(by_outputs.reached.value(), by_channels.reached.value() + 0.05);
+      const PerplexityResult whole = score(stored), eight_bits = score(lines);
+      EXPECT_GT(whole.reached.value(), whole.reached_sites[3] * down + 0.05);
+      EXPECT_NEAR(eight_bits.reached.value(), whole.reached.value(), 0.01);
     }
     const auto expected = all_logits(original, *backend_, tokens, 1);
     EXPECT_LT(relative_rms(all_logits(stored, *backend_, tokens, 1), expected), 1e-5);

@@ -44,13 +44,14 @@ class ProductCase {
     return y;
   }
 
-  /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for one row of a quantised weight
+  /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for one row of quantised channels
   /// half a step of every multiplier besides: these have 15 bits of the largest one among a block of 64
   /// channels (levels-inl.h).
   std::vector<Rows> tolerances(double bound) const {
     std::vector<Rows> all;
     for (size_t p = 0; p < weights.size(); ++p) {
       const Weight& w = weights[p].weight;
+      const bool rows = w.layout == Layout::rows;
       const std::vector<float> values = read_weight(w);
       all.emplace_back(x.mat.rows, w.out);
       for (int64_t t = 0; t < x.mat.rows; ++t) {
@@ -58,11 +59,11 @@ class ProductCase {
           double sum =
               (w.bias ? std::fabs(w.bias[j]) : 0.0f) + (accumulate_ ? std::fabs(start_[p].at(t, j)) : 0.0f);
           for (int64_t i = 0; i < w.in; ++i) {
-            const int64_t at = w.layout == Layout::rows ? j * w.in + i : i * w.out + j;
+            const int64_t at = rows ? j * w.in + i : i * w.out + j;
             sum += std::fabs(double{x.at(t, i)} * values[static_cast<size_t>(at)]);
           }
           all[p].mat.row(t)[j] =
-              static_cast<float>(bound * sum + (quantised(w.dtype) ? half_steps(w, t, j) : 0));
+              static_cast<float>(bound * sum + (quantised(w.dtype) && !rows ? half_steps(w, t, j) : 0));
         }
       }
     }

@@ -173,6 +173,31 @@ TEST(Quant, ZeroTinyAndHugeValues) {
   }
 }
 
+/// A value alone takes the nearest level of its scale; nothing else of the line changes.
+TEST(Quant, ValuesAreReplacedOneByOne) {
+  for (const DType t : kLineTypes) {
+    const float least = t == DType::int8 ? -127.0f : -8.0f, most = t == DType::int8 ? 127.0f : 7.0f;
+    for (const int64_t n : {1, 200, 700}) {
+      Line line(t, n);
+      line.quantise(normal_values(n, 4));
+      const std::vector<float> before = line.values(), other = normal_values(n, 8);
+      for (int64_t i = n - 1; i >= 0; i -= 3) {
+        const float scale = line.scale(i), value = other[static_cast<size_t>(i)];
+        const float stored = round_value(value, i, n, t, line.bytes.data());
+        EXPECT_EQ(stored, scale * std::clamp(std::nearbyint(value * (1 / scale)), least, most)) << i;
+        ASSERT_EQ(stored, line.values()[static_cast<size_t>(i)]);
+        ASSERT_EQ(scale, line.scale(i));
+      }
+      const std::vector<float> after = line.values();
+      for (int64_t i = 0; i < n; ++i) {
+        if ((n - 1 - i) % 3 != 0) {
+          ASSERT_EQ(after[static_cast<size_t>(i)], before[static_cast<size_t>(i)]);
+        }
+      }
+    }
+  }
+}
+
 TEST(Quant, PartsMakeTheLine) {
   for (const DType t : kLineTypes) {
     for (const int64_t n : {200, 256, 700}) {

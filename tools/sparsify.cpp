@@ -315,7 +315,8 @@ void declare_bases(CLI::App& app, const std::shared_ptr<Flags>& f) {
 
 void declare_types(CLI::App& app, const std::shared_ptr<Flags>& f) {
   const auto types = CLI::IsMember({"source", "f32", "f16", "bf16", "int8", "int4"});
-  app.add_option("--weights", f->weights, "Type of the projections' weights; source: as they came")
+  app.add_option("--weights", f->weights,
+                 "Type of the projections' weights, products of low rank included; source: as they came")
       ->check(types)
       ->capture_default_str();
   app.add_option("--adapter-weights", f->adapter_weights,

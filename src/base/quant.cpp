@@ -27,6 +27,13 @@ int read_level(const std::byte* line, DType t, int64_t i) {
   return (static_cast<int>(line[byte]) >> shift & 15) - 8;
 }
 
+constexpr float least_level(DType t) {
+  return t == DType::int4 ? -8.0f : -127.0f;
+}
+constexpr float most_level(DType t) {
+  return t == DType::int4 ? 7.0f : 127.0f;
+}
+
 /// Packs the levels of a block.
 void write_block(std::byte* line, DType t, int64_t first, const std::array<int, kQuantBlock>& levels) {
   if (t == DType::int8) {
@@ -42,8 +49,8 @@ void write_block(std::byte* line, DType t, int64_t first, const std::array<int, 
 }
 
 /// Levels of values / scale, rounded to nearest and clamped, and their squared error.
-float try_scale(const float* values, int64_t count, float scale, float least, float most, float* levels) {
-  const float inverse = scale != 0 ? 1 / scale : 0;
+float try_scale(const float* values, int64_t count, float scale, DType t, float* levels) {
+  const float inverse = scale != 0 ? 1 / scale : 0, least = least_level(t), most = most_level(t);
   float error = 0;
   for (int64_t i = 0; i < count; ++i) {
     constexpr float kRound = 0x1.8p23f;  // adding it leaves no bits for a fraction: nearest even
@@ -64,7 +71,6 @@ uint16_t round_group(const float* values, int64_t count, DType t, int* levels) {
                                                     -9.5f, -10.0f, -11.0f, 7.0f};
   const bool narrow = t == DType::int4;
   const std::span<const float> tried = narrow ? std::span<const float>(kClipped) : kWhole;
-  const float least_level = narrow ? -8.0f : -127.0f, most_level = narrow ? 7.0f : 127.0f;
   float largest = 0;  // of greatest size, with its sign
   for (int64_t i = 0; i < count; ++i)
     if (std::fabs(values[i]) > std::fabs(largest)) largest = values[i];
@@ -73,7 +79,7 @@ uint16_t round_group(const float* values, int64_t count, DType t, int* levels) {
   uint16_t best = 0;
   for (const float steps : tried) {
     const uint16_t bits = f32_to_f16(std::clamp(largest / steps, -65504.0f, 65504.0f));
-    const float error = try_scale(values, count, f16_to_f32(bits), least_level, most_level, rounded.data());
+    const float error = try_scale(values, count, f16_to_f32(bits), t, rounded.data());
     if (least >= 0 && !(error < least)) continue;
     least = error;
     best = bits;
@@ -103,6 +109,20 @@ void quantise_line(const float* values, int64_t n, DType t, std::byte* line) {
   quantise_part(values, 0, n, n, t, line);
   const int64_t end = scales_offset(t, n) + padded_line(n) / quant_group(t) * 2;
   std::memset(line + end, 0, static_cast<size_t>(line_bytes(t, n) - end));
+}
+
+float round_value(float value, int64_t i, int64_t n, DType t, std::byte* line) {
+  const float scale = read_scale(line, t, n, i);
+  float level = 0;
+  try_scale(&value, 1, scale, t, &level);
+  if (t == DType::int8) {
+    line[i] = static_cast<std::byte>(static_cast<int8_t>(level));
+  } else {
+    const auto [byte, shift] = nibble_of(i);
+    line[byte] = (line[byte] & ~(std::byte{15} << shift)) |
+                 static_cast<std::byte>(static_cast<int>(level) + 8) << shift;
+  }
+  return scale * level;
 }
 
 void read_line(const void* line, DType t, int64_t n, int64_t first, int64_t count, float* values) {

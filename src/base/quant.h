@@ -1,6 +1,6 @@
-// Quantised lines. A line is what one input channel feeds (its outputs), or one row of an embedding: n values
-// in one contiguous run with their scales behind them, so that a dropped channel drags nothing along and a
-// kept one is one read. Scales never span lines.
+// Quantised lines. A line is what one input channel feeds (its outputs), what one output reads (its inputs),
+// or one row of an embedding: n values in one contiguous run with their scales behind them, so that a dropped
+// one drags nothing along and a kept one is one read. Scales never span lines.
 //
 //   int8  P bytes, two's complement in [−127, 127];  then P / 128 scales
 //   int4  P / 2 bytes: per 128 values 16 little-endian 32-bit words, bits 4k … 4k + 3 of word L hold
@@ -41,6 +41,10 @@ void quantise_line(const float* values, int64_t n, DType t, std::byte* line);
 /// The same for values `first` … `first` + count − 1 of a line of n, whole blocks of it: a line can be
 /// written in parts. Padding after the scales is left alone.
 void quantise_part(const float* values, int64_t first, int64_t count, int64_t n, DType t, std::byte* line);
+
+/// Rounds `value` to the nearest level of the scale that value i of a line of n has already; returns what
+/// stands there then.
+float round_value(float value, int64_t i, int64_t n, DType t, std::byte* line);
 
 /// values[0, count) = value `first` … of a line of n values, any stored type (one rounding: scale · q in
 /// float32).

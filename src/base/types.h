@@ -83,7 +83,7 @@ struct Mat {
 
 /// How a weight lies in memory. `rows`: (out, in), one output's inputs are contiguous, as Hugging Face stores
 /// it. `channels`: (in, out), one input channel's outputs are contiguous, so that a dropped channel is never
-/// read. Quantised products are always `channels`; a quantised table of `rows` can only be looked up.
+/// read. Scales of quantised lines run along them: over outputs, or over inputs in `rows`.
 enum class Layout { rows, channels };
 
 /// A view of one linear map y = x Wᵀ + bias, in → out.

@@ -129,18 +129,22 @@ class LayerFolder {
   void matrix(const std::string& name, const Matrix& m, DType dtype) {
     emit_(stored_tensor(prefix_ + name, m, dtype, pool_));
   }
+  /// (in, out) in the layout asked for.
+  void placed(const std::string& name, const Matrix& m, Layout layout, DType dtype) {
+    layout == Layout::channels ? matrix(name, m, dtype) : matrix(name, transposed(m), dtype);
+  }
   /// A projection (in, out) as the plan's layer stores it.
   void projection(Projection p, const Matrix& m, DType dtype) {
-    const bool by_channels = stored_layout(job_.plan, p, quantised(dtype)) == Layout::channels;
-    by_channels ? matrix(projection_name(p), m, dtype) : matrix(projection_name(p), transposed(m), dtype);
+    placed(projection_name(p), m, stored_layout(job_.plan, p), dtype);
   }
 
   /// The product that its dropped entries go through.
-  void add_low_rank(Projection p, const Matrix& m, DType dtype) {
+  void add_low_rank(Projection p, const Matrix& m, DType beside) {
     if (rank_ == 0) return;
+    const DType dtype = job_.low_rank_type.value_or(beside);
     const auto [in, out] = job_.low_rank(p, m, rank_);
     const std::string name = projection_name(p);
-    matrix(name + ".low_in", in, dtype);
+    placed(name + ".low_in", in, low_in_layout(quantised(dtype)), dtype);
     matrix(name + ".low_out", out, dtype);
   }
 

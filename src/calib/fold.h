@@ -37,6 +37,7 @@ struct FoldJob {
   Form form;
   bool after_gain;  // simulate: thin after the gain, so the gain stays where it is
   StoredTypes types = {};
+  std::optional<DType> low_rank_type = {};  // nothing: as the projection beside it
   /// The product of low rank nearest to a projection's folded weights (in, out).
   std::function<std::pair<Matrix, Matrix>(Projection, const Matrix&, int64_t rank)> low_rank;
 };

@@ -43,6 +43,7 @@ class Tile {
  public:
   Tile(const Weight& weight, DType dtype, const RoundingFactor& factor, int64_t first, FoldedTensor& to)
       : dtype_(dtype),
+        by_channels_(weight.layout == Layout::channels),
         factor_(factor),
         first_(first),
         out_(weight.out),
@@ -54,7 +55,7 @@ class Tile {
         to_(to) {
     for (int64_t i = 0; i < n_; ++i) {
       float* row = values_.data() + i * width_;
-      if (weight.layout == Layout::channels) {
+      if (by_channels_) {
         read_line(weight.line(channel(i)), weight.dtype, out_, first_, width_, row);
       } else {
         for (int64_t j = 0; j < width_; ++j)
@@ -64,6 +65,7 @@ class Tile {
         if (!std::isfinite(row[j]))
           fail("tensor ", to.name, ": holds ", row[j], ", which cannot be quantised");
     }
+    if (!by_channels_) choose_scales(weight);
   }
 
   void run() {
@@ -79,15 +81,30 @@ class Tile {
 
  private:
   int64_t channel(int64_t i) const { return factor_.order[static_cast<size_t>(i)]; }
+  std::byte* line(int64_t i) { return to_.bytes.data() + i * line_bytes(dtype_, by_channels_ ? out_ : n_); }
+
+  /// Of rows: the nearest rounding, whose levels are replaced one by one.
+  void choose_scales(const Weight& weight) {
+    std::vector<float> row(static_cast<size_t>(n_));
+    for (int64_t j = first_; j < first_ + width_; ++j) {
+      read_line(weight.line(j), weight.dtype, n_, 0, n_, row.data());
+      quantise_line(row.data(), n_, dtype_, line(j));
+    }
+  }
+
   const float* row_of_factor(int64_t i) const { return factor_.factor.data() + i * n_; }
 
   /// Quantises channel i and moves its error to the channels [begin, i) of its block.
   void round_channel(int64_t i, int64_t begin) {
     float* row = values_.data() + i * width_;
     float* error = errors_.data() + (i - begin) * width_;
-    std::byte* line = to_.bytes.data() + channel(i) * line_bytes(dtype_, out_);
-    quantise_part(row, first_, width_, out_, dtype_, line);
-    read_line(line, dtype_, out_, first_, width_, stored_.data());
+    if (by_channels_) {
+      quantise_part(row, first_, width_, out_, dtype_, line(channel(i)));
+      read_line(line(channel(i)), dtype_, out_, first_, width_, stored_.data());
+    } else {
+      for (int64_t j = 0; j < width_; ++j)
+        stored_[static_cast<size_t>(j)] = round_value(row[j], channel(i), n_, dtype_, line(first_ + j));
+    }
     const float* share = row_of_factor(i);
     for (int64_t j = 0; j < width_; ++j) error[j] = (row[j] - stored_[static_cast<size_t>(j)]) / share[i];
     for (int64_t k = begin; k < i; ++k) {
@@ -97,6 +114,7 @@ class Tile {
   }
 
   const DType dtype_;
+  const bool by_channels_;
   const RoundingFactor& factor_;
   const int64_t first_, out_, n_, width_;
   std::vector<float> values_;  // (D, width) channels in order
@@ -133,9 +151,10 @@ FoldedTensor round_by_moments(const std::string& name, const Weight& weight, DTy
                               const RoundingFactor& factor, ThreadPool& pool) {
   CHECK(quantised(dtype) && (weight.layout == Layout::channels || !quantised(weight.dtype)));
   CHECK(int64_t(factor.order.size()) == weight.in);
-  const SafetensorsWriter::Entry entry = stored_entry(name, dtype, weight.in, weight.out);
+  const int64_t lines = weight.lines(), length = weight.line_length();
+  const SafetensorsWriter::Entry entry = stored_entry(name, dtype, lines, length);
   FoldedTensor tensor{name, entry.dtype, entry.shape, {}};
-  tensor.bytes.resize(static_cast<size_t>(weight.in * line_bytes(dtype, weight.out)));  // zeros: padding
+  tensor.bytes.resize(static_cast<size_t>(lines * line_bytes(dtype, length)));  // zeros: padding
   openblas_set_num_threads(1);
   pool.each((weight.out + kTile - 1) / kTile, [&](int64_t tile) {
     throw_if_interrupted();

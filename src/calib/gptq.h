@@ -1,7 +1,7 @@
 // Rounding that looks at what a weight is multiplied with: channels are quantised one after another, and what
 // each one's rounding does to the products is taken up by the channels that follow (GPTQ, arXiv 2210.17323,
 // in our layout: a line is an input channel, so its scales are chosen when it is reached, and the order of
-// the channels is free).
+// the channels is free). Weights by outputs are rounded in the same order.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,10 @@ struct RoundingFactor {
 /// Memory: 12 bytes per entry of the matrix. Throws Error when the moments are not finite.
 RoundingFactor rounding_factor(Matrix&& moments, double damping, Algebra& algebra);
 
-/// Rounds a projection's weight, channels or rows, to lines of `dtype` so that tr(Δᵀ H Δ) of the rounding
-/// error Δ is small, H the moments behind `factor`. Throws Error naming the tensor when a value is not
-/// finite.
+/// Rounds a projection's weight to lines of `dtype` in its own layout so that tr(Δᵀ H Δ) of the rounding
+/// error Δ is small, H the moments behind `factor`. In rows, where a scale serves channels that come at
+/// different times, scales are those of the nearest rounding. Throws Error naming the tensor when a value is
+/// not finite.
 FoldedTensor round_by_moments(const std::string& name, const Weight& weight, DType dtype,
                               const RoundingFactor& factor, ThreadPool& pool);
 

@@ -27,19 +27,6 @@ double adapter_share(const SparsifyJob& job) {
   return static_cast<double>(adapters) / static_cast<double>(projections);
 }
 
-/// Quantised lines run along the outputs of an input, in blocks of 128: no output can be left out, and
-/// those of a low rank would be mostly padding.
-void refuse_quantised_words(const SparsifyJob& job) {
-  const std::optional<DType>& weights = job.options.types.weights;
-  const LayerPlan& layer = job.plan.layers[0];
-  if (!weights || !quantised(*weights) || layer == trained_layer(job.config)) return;
-  const auto has_rank = [](const Group& group) { return group.rank > 0; };
-  const bool ranks = std::ranges::any_of(layer.groups, has_rank);
-  if (layer.neurons.select == Select::all && !ranks) return;
-  fail("--weights ", dtype_name(*weights), ": method ", job.method.name,
-       ranks ? " has products of low rank" : " reads up by outputs", ", expected f32, f16 or bf16");
-}
-
 void write_notes(SparsifyJob& job) {
   const StoredTypes& types = job.options.types;
   const Choice& choice = job.choice;
@@ -82,7 +69,6 @@ void outline_plan(SparsifyJob& job) {
     job.plan.notes["budget"] = "with adapters";
   }
   job.plan.fingerprint = job.checkpoint.fingerprint();
-  refuse_quantised_words(job);
   write_notes(job);
   validate(job.plan, plan_shape(job.config), job.options.source);
 }

@@ -6,8 +6,7 @@ namespace larosa {
 struct SparsifyJob;
 
 /// Writes the job's plan, notes included; where adapters count as read, raises the sparsity of its choice by
-/// their share of the projections' bytes. Throws Error when that is more than can be dropped, or when the
-/// plan has words that a quantised type cannot be stored for.
+/// their share of the projections' bytes. Throws Error when that is more than can be dropped.
 void outline_plan(SparsifyJob& job);
 
 }  // namespace larosa

@@ -39,7 +39,7 @@ void round_layer(SparsifyJob& job, Calibration& calibration, const fs::path& pat
   const fs::path folded = folded_path(job);
   StoredTypes types = job.options.types;
   types.weights = DType::f32;
-  fold_to(folded, job, l, types);
+  fold_to(folded, job, l, types, job.options.types.weights);
   std::vector<FoldedTensor> tensors;
   {
     const Checkpoint file = Checkpoint::open_file(folded.string());

@@ -83,7 +83,8 @@ fs::path folded_path(const SparsifyJob& job) {
   return fs::path(job.partial) / "folded.tmp";
 }
 
-void fold_to(const fs::path& path, const SparsifyJob& job, int64_t l, const StoredTypes& types) {
+void fold_to(const fs::path& path, const SparsifyJob& job, int64_t l, const StoredTypes& types,
+             std::optional<DType> low_rank_type) {
   const LayerPlan& plan = job.plan.layers[static_cast<size_t>(l)];
   const LayerWeights weights = load_layer(job.checkpoint, job.config, l);
   const Bases bases = job.findings.read_bases(l, job.config, job.wants);
@@ -100,6 +101,7 @@ void fold_to(const fs::path& path, const SparsifyJob& job, int64_t l, const Stor
                      job.choice.form,
                      job.choice.after_gain,
                      types,
+                     low_rank_type,
                      low_rank};
   std::vector<FoldedTensor> tensors;
   fold_layer(fold, l, *job.algebra, job.pool, [&](FoldedTensor&& tensor) {

@@ -21,10 +21,12 @@ std::map<std::string, std::string> shard_metadata(const SparsifyJob& job);
 /// Where the layer that is being planned or rounded stands in float32; none when both are done.
 std::filesystem::path folded_path(const SparsifyJob& job);
 
-/// Layer l as the plan says, folded, with its projections in `types.weights`. Needs the findings of its
+/// Layer l as the plan says, folded, with its projections in `types.weights`, and products of low rank in a
+/// type of their own where one is given. Needs the findings of its
 /// bases, and of the next layer's where an adapter leads there. Throws Error when the disk is full or a value
 /// cannot be quantised; Interrupted.
-void fold_to(const std::filesystem::path& path, const SparsifyJob& job, int64_t l, const StoredTypes& types);
+void fold_to(const std::filesystem::path& path, const SparsifyJob& job, int64_t l, const StoredTypes& types,
+             std::optional<DType> low_rank_type = {});
 
 /// Layer l's shard, rounded to nearest, where it does not stand there yet. Throws as fold_to.
 void write_layer(SparsifyJob& job, int64_t l);

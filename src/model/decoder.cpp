@@ -80,10 +80,9 @@ void Decoder::choose_neurons(const Step& step, Mat entries) {
                         false};
   backend_.matmul_outputs(entries, *kept_, product);
   if (!step.pass.tally) return;
-  // Of `up` the same share of its weights as channels that were read; all of it where it stands by channels.
-  const bool whole = product.weight.layout == Layout::channels;
+  // Of `up` the same share of its weights as channels that were read.
   step.pass.tally->kept[static_cast<size_t>(step.index)][static_cast<size_t>(Projection::up)] +=
-      whole ? entries.rows * entries.cols : backend_.count(*kept_) * entries.cols / a.cols;
+      backend_.count(*kept_) * entries.cols / a.cols;
 }
 
 /// The interpreter of the plan: every group of projections that reads `site`, thinned by its rule.

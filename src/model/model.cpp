@@ -94,7 +94,7 @@ Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config,
   for (Projection p : kProjections) {
     const std::string name = layer_name(l, projection_name(p));
     w[p] = stored_weight(checkpoint, name, projection_in(config, p), projection_out(config, p),
-                         stored_layout(plan, p, checkpoint.find_bytes(name).has_value()));
+                         stored_layout(plan, p));
     const bool biased = (site_of(p) == Site::h1 && config.bias_qkv) || (p == Projection::wo && config.bias_o);
     if (biased) w[p].bias = stored_vector(checkpoint, name + ".bias", w[p].out, w.owned);
   }
@@ -116,8 +116,9 @@ Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config,
     for (const Projection p : group.projections) {
       if (group.rank == 0) break;
       const std::string low = layer_name(l, projection_name(p)) + ".low_";
+      const Layout layout = low_in_layout(checkpoint.find_bytes(low + "in").has_value());
       data.low.push_back(
-          {stored_weight(checkpoint, low + "in", width, group.rank, Layout::channels),
+          {stored_weight(checkpoint, low + "in", width, group.rank, layout),
            stored_weight(checkpoint, low + "out", group.rank, projection_out(config, p), Layout::channels)});
     }
     layer.groups.push_back(data);
@@ -129,7 +130,7 @@ OuterWeights load_stored_outer(const Checkpoint& checkpoint, const ModelConfig& 
   OuterWeights outer;
   outer.embed = stored_weight(checkpoint, "embed", config.dim, config.vocab, Layout::rows);
   outer.head = outer.embed;
-  if (checkpoint.find_bytes("head")) {  // products read quantised lines by channels only
+  if (checkpoint.find_bytes("head")) {
     outer.head = stored_weight(checkpoint, "head", config.dim, config.vocab, Layout::channels);
   } else if (quantised(outer.embed.dtype) || checkpoint.find("head")) {
     outer.head = plain_weight(checkpoint, "head", config.dim, config.vocab, Layout::rows);
@@ -184,8 +185,8 @@ LayerPlan trained_layer(const ModelConfig& config) {
   return layer;
 }
 
-Layout stored_layout(const LayerPlan& plan, Projection p, bool quantised) {
-  const bool by_outputs = p == Projection::up && plan.neurons.select != Select::all && !quantised;
+Layout stored_layout(const LayerPlan& plan, Projection p) {
+  const bool by_outputs = p == Projection::up && plan.neurons.select != Select::all;
   return by_outputs ? Layout::rows : Layout::channels;
 }
 
@@ -312,8 +313,7 @@ namespace {
 int64_t projection_bytes(const LayerPlan& plan, const Rule& rule, Projection p, const Weight& w) {
   if (rule.select != Select::all && rule.keep > 0 && !rule.rotated) return rule.keep * w.line_bytes();
   const int64_t neurons = plan.neurons.select != Select::all ? plan.neurons.keep : 0;
-  const bool by_neurons = (p == Projection::up && w.layout == Layout::rows) ||
-                          (p == Projection::down && rule.select == Select::threshold);
+  const bool by_neurons = p == Projection::up || (p == Projection::down && rule.select == Select::threshold);
   return neurons > 0 && by_neurons ? neurons * w.line_bytes() : w.bytes();
 }
 

@@ -18,9 +18,10 @@
 
 namespace larosa {
 
-/// The product that a projection's dropped entries go through.
+/// The product that a projection's dropped entries go through. Quantised, both have a line for each of few
+/// ranks: by channels a line of `in` would be mostly padding (rank 51 of 4096 as int8: 192 bytes for 51).
 struct LowRank {
-  Weight in;   // (D, rank) channels
+  Weight in;   // (D, rank) channels; quantised: rows
   Weight out;  // (rank, N) channels
 };
 
@@ -81,9 +82,12 @@ LayerPlan trained_layer(const ModelConfig& config);
 /// Loads `dir`. Throws Error for everything that load_config, Checkpoint, load_layer and validate refuse.
 Model load_model(const std::string& dir);
 
-/// How sparsify stores a projection: by channels, but `up` by outputs where a plan chooses neurons (rows
-/// layout; quantised lines are always channels).
-Layout stored_layout(const LayerPlan& plan, Projection p, bool quantised);
+/// How sparsify stores a projection: by channels, but `up` by outputs where a plan chooses neurons.
+Layout stored_layout(const LayerPlan& plan, Projection p);
+/// How it stores LowRank::in.
+constexpr Layout low_in_layout(bool quantised) {
+  return quantised ? Layout::rows : Layout::channels;
+}
 
 /// Layer l of a file that sparsify wrote, and what surrounds the layers. The checkpoint must outlive them.
 Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config, const LayerPlan& plan,

@@ -248,7 +248,7 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
     LayerWeights& w = layer.weights;
     for (Projection p : kProjections) {
       w[p] = filler.weight(projection_in(c, p), projection_out(c, p), options.weights,
-                           stored_layout(layer_plan, p, quantised(options.weights)));
+                           stored_layout(layer_plan, p));
       if (c.bias_qkv && site_of(p) == Site::h1) w[p].bias = filler.vector(w[p].out);
       if (c.bias_o && p == Projection::wo) w[p].bias = filler.vector(w[p].out);
     }
@@ -265,7 +265,8 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
       for (const Projection p : group.projections) {
         if (group.rank == 0) break;
         data.low.push_back(
-            {filler.weight(projection_in(c, p), group.rank, options.weights, Layout::channels),
+            {filler.weight(projection_in(c, p), group.rank, options.weights,
+                           low_in_layout(quantised(options.weights))),
              filler.weight(group.rank, projection_out(c, p), options.weights, Layout::channels)});
       }
       layer.groups.push_back(data);

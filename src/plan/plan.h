@@ -34,8 +34,8 @@ struct Group {
   std::vector<Projection> projections;
   Rule rule;
   // Of the product that dropped entries go through, y = W x_kept + (x_dropped A) B: R-Sparse, arXiv
-  // 2504.19449 §3.2; 0: they count as zero. Tensors "layers.L.<projection>.low_in" (D, rank), ".low_out"
-  // (rank, N).
+  // 2504.19449 §3.2; 0: they count as zero. Tensors "layers.L.<projection>.low_in" (D, rank; quantised: rank,
+  // D), ".low_out" (rank, N).
   int64_t rank = 0;
   bool operator==(const Group&) const = default;
 };
@@ -47,8 +47,7 @@ struct LayerPlan {
   bool adapter = false, middle = false;
   // Which of the F neurons of the feed-forward are computed, by |a(gate)|: `up` is not read for the others,
   // and a(gate)·up is zero there (CATS, arXiv 2404.08763 §3; cut 0: the zeros of ReLU). What `down` then
-  // skips is its own group's rule. The layer's `up` stands in rows, one output after the other, unless it is
-  // quantised.
+  // skips is its own group's rule. The layer's `up` stands in rows, one output after the other.
   Rule neurons;
   bool operator==(const LayerPlan&) const = default;
 };

@@ -412,7 +412,7 @@ class CpuBackend final : public Backend {
         x = dense_.data();
       }
       std::vector<float>& row = packed_[p.weight.dtype == DType::bf16];
-      row.resize(std::max(row.size(), static_cast<size_t>(kernels_.packed_size(cols))));
+      row.resize(std::max(row.size(), static_cast<size_t>(padded_line(cols))));
       kernels_.pack_input(x, p.weight.dtype, cols, row.data());
       done = true;
     }

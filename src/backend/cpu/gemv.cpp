@@ -54,13 +54,9 @@ void gemv_join(const Weight& w, const float* even, const float* odd, int64_t beg
   join(even, odd, bias, accumulate, end - begin, y + begin);
 }
 
-int64_t packed_size(int64_t n) {
-  return (n + 2 * lanes() - 1) / (2 * lanes()) * 2 * lanes();
-}
-
 void pack_input(const float* x, DType dtype, int64_t n, float* packed) {
   const FloatTag d;
-  const int64_t size = packed_size(n), step = 2 * lanes();
+  const int64_t size = padded_line(n), step = 2 * lanes();
   std::copy_n(x, n, packed);
   std::fill(packed + n, packed + size, 0.0f);
   if (dtype != DType::bf16) return;
@@ -95,13 +91,89 @@ HWY_INLINE float dot_row(const typename Format::Stored* w, int64_t n, const floa
   return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(a, b), hn::Add(c, e))));
 }
 
-void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t end, bool accumulate,
-               float* y) {
+/// scale · Σ x · q of a block of levels; for 4 bits four such sums, by turns in `a` and `b`, so that one
+/// chain of multiply-adds does not wait for itself.
+HWY_INLINE void add_int8(const std::byte* levels, const float* scale, const float* x, Floats& a, Floats& b) {
+  const FloatTag d;
+  Floats even = hn::Zero(d), odd = hn::Zero(d);
+  for (int64_t i = 0; i < kQuantBlock; i += 2 * lanes()) {
+    even = hn::MulAdd(hn::LoadU(d, x + i), widen_int8(levels + i), even);
+    odd = hn::MulAdd(hn::LoadU(d, x + i + lanes()), widen_int8(levels + i + lanes()), odd);
+  }
+  a = hn::MulAdd(even, hn::Set(d, scale[0]), a);
+  b = hn::MulAdd(odd, hn::Set(d, scale[0]), b);
+}
+HWY_INLINE void add_int4(const std::byte* levels, const float* scale, const float* x, Floats& a, Floats& b) {
+  const FloatTag d;
+  for (int64_t part = 0; part < 16; part += lanes()) {
+    const auto words = load_words(levels + part * 4);
+    const auto group = [&](int k) HWY_ATTR {
+      const float* from = x + 32 * k + part;
+      const Floats low = hn::Mul(hn::LoadU(d, from), widen_nibble(words, 8 * k));
+      return hn::MulAdd(hn::LoadU(d, from + 16), widen_nibble(words, 8 * k + 4), low);
+    };
+    a = hn::MulAdd(group(0), hn::Set(d, scale[0]), a);
+    b = hn::MulAdd(group(1), hn::Set(d, scale[1]), b);
+    a = hn::MulAdd(group(2), hn::Set(d, scale[2]), a);
+    b = hn::MulAdd(group(3), hn::Set(d, scale[3]), b);
+  }
+}
+
+/// Scales [0, count) as float32; nothing behind them is read.
+HWY_INLINE void widen_scales(const std::byte* scales, int64_t count, float* to) {
+  const FloatTag d;
+  int64_t i = 0;
+  for (; i + lanes() <= count; i += lanes()) hn::Store(load_halves(scales + 2 * i), d, to + i);
+  if (i == count) return;
+  HWY_ALIGN uint16_t half[hn::MaxLanes(FloatTag())] = {};
+  std::memcpy(half, scales + 2 * i, static_cast<size_t>(count - i) * sizeof(half[0]));
+  hn::Store(widen_half(half), d, to + i);
+}
+
+/// One quantised row against x. Levels become float32: rows are read for some outputs of one weight, or for a
+/// low rank, where the integers of whole products (levels-inl.h) would not pay for themselves.
+template <DType kType>
+HWY_INLINE float dot_levels(const std::byte* line, int64_t n, const float* x) {
+  constexpr int64_t kScales = 64, kGroups = kQuantBlock / quant_group(kType), kBlocks = kScales / kGroups;
+  const FloatTag d;
+  const std::byte* const scales = line + scales_offset(kType, n);
+  const int64_t blocks = padded_line(n) / kQuantBlock, bytes = scales_offset(kType, kQuantBlock);
+  HWY_ALIGN float scale[kScales];
+  Floats a = hn::Zero(d), b = hn::Zero(d);
+  for (int64_t first = 0; first < blocks; first += kBlocks) {
+    const int64_t count = std::min(kBlocks, blocks - first);
+    widen_scales(scales + first * kGroups * 2, count * kGroups, scale);
+    for (int64_t i = 0; i < count; ++i) {
+      const std::byte* const levels = line + (first + i) * bytes;
+      const float* const from = x + (first + i) * kQuantBlock;
+      kType == DType::int8 ? add_int8(levels, scale + i * kGroups, from, a, b)
+                           : add_int4(levels, scale + i * kGroups, from, a, b);
+    }
+  }
+  return hn::GetLane(hn::SumOfLanes(d, hn::Add(a, b)));
+}
+
+/// Calls body(dot): dot(j) is row j of a weight of any type against the packed x.
+template <class Body>
+HWY_INLINE void with_rows(const Weight& weight, const float* packed, const Body& body) {
+  const auto* const data = static_cast<const std::byte*>(weight.data);
+  const int64_t n = weight.in, line = weight.line_bytes();
+  if (weight.dtype == DType::int8)
+    return body([=](int64_t j) HWY_ATTR { return dot_levels<DType::int8>(data + j * line, n, packed); });
+  if (weight.dtype == DType::int4)
+    return body([=](int64_t j) HWY_ATTR { return dot_levels<DType::int4>(data + j * line, n, packed); });
   with_format(weight.dtype, [&](auto format) HWY_ATTR {
     using Format = decltype(format);
-    const auto* w = static_cast<const typename Format::Stored*>(weight.data);
+    const auto* const w = static_cast<const typename Format::Stored*>(weight.data);
+    body([=](int64_t j) HWY_ATTR { return dot_row<Format>(w + j * n, n, packed); });
+  });
+}
+
+void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t end, bool accumulate,
+               float* y) {
+  with_rows(weight, packed, [&](const auto& dot) HWY_ATTR {
     for (int64_t j = begin; j < end; ++j) {
-      float v = dot_row<Format>(w + j * weight.in, weight.in, packed);
+      float v = dot(j);
       if (weight.bias) v += weight.bias[j];
       y[j] = accumulate ? v + y[j] : v;
     }
@@ -112,19 +184,19 @@ void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t
 /// the hardware does not follow from row to row.
 void gemv_outputs(const Weight& weight, const float* packed, const int32_t* index, const float* value,
                   int64_t count, float* y) {
-  with_format(weight.dtype, [&](auto format) HWY_ATTR {
-    using Format = decltype(format);
-    const auto* w = static_cast<const typename Format::Stored*>(weight.data);
+  const auto* const data = static_cast<const std::byte*>(weight.data);
+  const int64_t line = weight.line_bytes();
+  with_rows(weight, packed, [&](const auto& dot) HWY_ATTR {
     constexpr int64_t kAhead = 1024, kLine = 64;  // bytes
-    const int64_t ahead = std::min(kAhead, weight.line_bytes());
+    const int64_t ahead = std::min(kAhead, line);
     for (int64_t c = 0; c < count; ++c) {
       if (c + 1 < count) {
-        const auto* next = reinterpret_cast<const std::byte*>(w + index[c + 1] * weight.in);
+        const std::byte* next = data + index[c + 1] * line;
         for (int64_t byte = 0; byte < ahead; byte += kLine) __builtin_prefetch(next + byte, 0, 2);
       }
       const int64_t j = index[c];
       if (value[c] == 0) continue;
-      float v = dot_row<Format>(w + j * weight.in, weight.in, packed);
+      float v = dot(j);
       if (weight.bias) v += weight.bias[j];
       y[j] = v;
     }
@@ -144,7 +216,6 @@ void fill_gemv(Kernels& kernels) {
   kernels.gemv_rows = gemv_rows;
   kernels.gemv_outputs = gemv_outputs;
   kernels.pack_input = pack_input;
-  kernels.packed_size = packed_size;
   kernels.target = hwy::TargetName(HWY_TARGET);
 }
 

@@ -6,6 +6,7 @@
 #include "backend/cuda/launch.h"
 #include "backend/cuda/row.cuh"
 #include "base/error.h"
+#include "base/quant.h"
 
 namespace larosa::cuda {
 namespace {
@@ -19,20 +20,86 @@ struct Args {
   const float* bias;
   float* y;
   Input in;
+  int64_t line;  // bytes of a row
   int out;
-  bool accumulate, aligned;
+  int vectors;  // of 16 bytes, that hold a row's entries, but for some at the end of a plain one
+  int padded;   // entries that a row has room for
+  bool accumulate;
   // Listed: which outputs are wanted, and of these those whose `chosen` is not zero.
   const int32_t *count, *index;
   const float* chosen;
 };
 
+__device__ void take_four(const float* from, float& a, float& b, float& c, float& d) {
+  const float4 four = *reinterpret_cast<const float4*>(from);
+  a = four.x, b = four.y, c = four.z, d = four.w;
+}
+
+// A type's vector v of a row: the entries of the input that it meets, in its own order, and the product.
+
+template <class Type>
+__device__ void take_entries(Type, const float* row, int v, float (&x)[Type::kLane]) {
+  const float* from = row + v * Type::kLane;
+#pragma unroll
+  for (int i = 0; i < Type::kLane; i += 4) take_four(from + i, x[i], x[i + 1], x[i + 2], x[i + 3]);
+}
+__device__ void take_entries(Nibbles, const float* row, int v, float (&x)[Nibbles::kLane]) {
+  const float* from = row + v / 4 * 128 + v % 4 * 4;
+#pragma unroll
+  for (int k = 0; k < 8; ++k) take_four(from + 16 * k, x[k], x[8 + k], x[16 + k], x[24 + k]);
+}
+
 template <class T>
-__device__ float dot_vector(const uint4& v, const float* x) {
+__device__ float dot_vector(Plain<T>, const uint4& v, const float (&x)[Plain<T>::kLane]) {
   float sum = 0;
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
   const T* elements = reinterpret_cast<const T*>(words);
 #pragma unroll
   for (int i = 0; i < Plain<T>::kLane; ++i) sum = fmaf(x[i], widen(elements[i]), sum);
+  return sum;
+}
+/// Levels become floats as in gemv_types.cuh.
+__device__ float dot_vector(Bytes, const Bytes::Loaded& v, const float (&x)[Bytes::kLane]) {
+  float sum = 0;
+  const uint32_t words[4] = {v.q.x, v.q.y, v.q.z, v.q.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const uint32_t offset = words[w] ^ 0x80808080u;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      const float q = __uint_as_float(__byte_perm(offset, kMagic, 0x7540 + b)) - (8388608.0f + 128);
+      sum = fmaf(x[4 * w + b], q, sum);
+    }
+  }
+  return __fmul_rn(sum, __half2float(v.scale));
+}
+__device__ float dot_vector(Nibbles, const Nibbles::Loaded& v, const float (&x)[Nibbles::kLane]) {
+  float sum[4] = {};
+  const uint32_t words[4] = {v.q.x, v.q.y, v.q.z, v.q.w};
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const uint32_t word = k < 4 ? words[w] : words[w] >> 16;
+      const int place = 4 * (k % 4);
+      const float q = __uint_as_float(pick(word, 0xfu << place, kMagic)) - (8388608.0f + (8 << place));
+      sum[k / 2] = fmaf(x[8 * w + k] * (1.0f / (1 << place)), q, sum[k / 2]);
+    }
+  }
+  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&v.scale.x));
+  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&v.scale.y));
+  return fmaf(sum[3], high.y, fmaf(sum[2], high.x, fmaf(sum[1], low.y, __fmul_rn(sum[0], low.x))));
+}
+
+/// What the vectors leave of a plain row; quantised ones are padded to whole vectors.
+template <class T>
+__device__ float add_rest(Plain<T>, const char* line, int first, const float* row, int cols, float sum) {
+  for (int i = first + lane(); i < cols; i += kWarp)
+    sum = fmaf(row[i], widen(reinterpret_cast<const T*>(line)[i]), sum);
+  return sum;
+}
+template <class Type>
+__device__ float add_rest(Type, const char*, int, const float*, int, float sum) {
   return sum;
 }
 
@@ -73,14 +140,12 @@ __device__ void store_row(const Input& in, float* to) {
 }
 
 /// kListed: only the outputs of a list, in its order; those whose value is zero stay as they are.
-template <class T, bool kListed>
+template <class Type, bool kListed>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ Args a) {
-  extern __shared__ __align__(16) float row[];
+  auto* const row = reinterpret_cast<float*>(block_memory());
   wait_for_inputs();
+  for (int i = a.in.cols + static_cast<int>(threadIdx.x); i < a.padded; i += kThreads) row[i] = 0;
   store_row(a.in, row);
-  constexpr int kVector = Plain<T>::kLane;
-  const int64_t line = static_cast<int64_t>(a.in.cols) * static_cast<int64_t>(sizeof(T));
-  const int vectors = a.aligned ? a.in.cols / kVector : 0;
   const int stride = static_cast<int>(gridDim.x) * kWarps * kRows;
   const int count = kListed ? __ldcg(a.count) : a.out;
   for (int first = (static_cast<int>(blockIdx.x) * kWarps + warp()) * kRows; first < count; first += stride) {
@@ -89,39 +154,30 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
       output[r] = kListed && first + r < count ? __ldcg(a.index + first + r) : first + r;
-    for (int v = lane(); v < vectors; v += kAhead * kWarp) {
-      uint4 loaded[kAhead][kRows];
+    for (int v = lane(); v < a.vectors; v += kAhead * kWarp) {
+      typename Type::Loaded loaded[kAhead][kRows];
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
+          const int at = v + u * kWarp;
           loaded[u][r] = {};
-          if (v + u * kWarp < vectors && first + r < count)
-            loaded[u][r] = load_stream(a.weight + output[r] * line + (v + u * kWarp) * 16);
+          if (at < a.vectors && first + r < count)
+            loaded[u][r] = Type::load(a.weight + output[r] * a.line + at * 16, Type::extra(at, a.padded));
         }
       }
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        if (v + u * kWarp >= vectors) continue;
-        float x[kVector];
-        const float4* from = reinterpret_cast<const float4*>(row + (v + u * kWarp) * kVector);
+        if (v + u * kWarp >= a.vectors) continue;
+        float x[Type::kLane];
+        take_entries(Type(), row, v + u * kWarp, x);
 #pragma unroll
-        for (int i = 0; i < kVector / 4; ++i) {
-          const float4 four = from[i];
-          x[4 * i] = four.x;
-          x[4 * i + 1] = four.y;
-          x[4 * i + 2] = four.z;
-          x[4 * i + 3] = four.w;
-        }
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) sum[r] += dot_vector<T>(loaded[u][r], x);
+        for (int r = 0; r < kRows; ++r) sum[r] += dot_vector(Type(), loaded[u][r], x);
       }
     }
-    for (int r = 0; r < kRows && first + r < count; ++r) {
-      const T* elements = reinterpret_cast<const T*>(a.weight + output[r] * line);
-      for (int i = vectors * kVector + lane(); i < a.in.cols; i += kWarp)
-        sum[r] = fmaf(row[i], widen(elements[i]), sum[r]);
-    }
+    for (int r = 0; r < kRows && first + r < count; ++r)
+      sum[r] =
+          add_rest(Type(), a.weight + output[r] * a.line, a.vectors * Type::kLane, row, a.in.cols, sum[r]);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float total = warp_reduce(sum[r], Add());
@@ -134,32 +190,51 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
   }
 }
 
-template <bool kListed>
-void launch(const Stream& s, const Input& in, const Product& product, const int32_t* listed,
-            const float* chosen) {
+template <class Type, bool kListed>
+void launch_as(const Stream& s, const Input& in, const Product& product, const int32_t* listed,
+               const float* chosen) {
   const Weight& w = product.weight;
   CHECK(in.select == Selects::all && (in.source == Source::row || in.cols <= kMostHeld));
-  const int64_t shared = in.cols * static_cast<int64_t>(sizeof(float));
+  const int64_t padded = quantised(w.dtype) ? padded_line(w.in) : w.in;
+  const int64_t shared = padded * static_cast<int64_t>(sizeof(float));
   if (shared > s.shared_bytes) fail("cuda: a row of ", in.cols, " entries does not fit in shared memory");
-  const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.in * dtype_size(w.dtype) % 16 == 0;
+  const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 16 == 0 && w.line_bytes() % 16 == 0;
+  CHECK(aligned || !quantised(w.dtype));
   Args a{static_cast<const char*>(w.data),
          w.bias,
          product.y.data,
          in,
+         w.line_bytes(),
          static_cast<int>(w.out),
+         aligned ? static_cast<int>(padded / Type::kLane) : 0,
+         static_cast<int>(padded),
          product.accumulate,
-         aligned,
          listed,
          listed ? listed + 1 : nullptr,
          chosen};
   const int blocks = std::clamp((a.out + kRows * kWarps - 1) / (kRows * kWarps), 1, s.multiprocessors);
   a.in.left = (in.cols + blocks - 1) / blocks;
-  if (w.dtype == DType::f32)
-    return launch_kernel(s, rows_kernel<float, kListed>, blocks, kThreads, shared, a);
-  if (w.dtype == DType::f16)
-    return launch_kernel(s, rows_kernel<__half, kListed>, blocks, kThreads, shared, a);
-  CHECK(w.dtype == DType::bf16);
-  launch_kernel(s, rows_kernel<__nv_bfloat16, kListed>, blocks, kThreads, shared, a);
+  launch_kernel(s, rows_kernel<Type, kListed>, blocks, kThreads, shared, a);
+}
+
+template <bool kListed>
+void launch(const Stream& s, const Input& in, const Product& product, const int32_t* listed,
+            const float* chosen) {
+  const auto as = [&]<class Type>(Type) { launch_as<Type, kListed>(s, in, product, listed, chosen); };
+  switch (product.weight.dtype) {
+    case DType::f32:
+      return as(Plain<float>());
+    case DType::f16:
+      return as(Plain<__half>());
+    case DType::bf16:
+      return as(Plain<__nv_bfloat16>());
+    case DType::int8:
+      return as(Bytes());
+    case DType::int4:
+      return as(Nibbles());
+    default:
+      CHECK(false);
+  }
 }
 
 }  // namespace
