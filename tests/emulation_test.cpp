@@ -104,6 +104,7 @@ TEST_F(Emulation, RowsMatchTruth) {
     each_type([&](DType dtype, bool aligned) {
       if (s.out > 1000 && dtype != DType::int4) return;  // more rows than blocks take at once: one type
       const ProductCase c(1, s, dtype, Layout::rows, true, true);
+      for (const StoredWeight& w : c.weights) fill_padding(w.weight);
       const std::vector<Rows> y = c.results();
       for (Product p : c.products(y)) {
         const PlacedWeight w(p.weight, aligned);

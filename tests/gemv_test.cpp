@@ -158,6 +158,26 @@ TEST(Outputs, ThreadsChangeNoBit) {
   }
 }
 
+/// Nor what an earlier, longer row has left behind.
+TEST(Gemv, PaddingOfRowsDoesNotCount) {
+  Random random(7);
+  for (const std::string& isa : isas()) {
+    const Cpu cpu(isa, 2);
+    for (const DType dtype : {DType::int8, DType::int4}) {
+      const StoredWeight w(dtype, Layout::rows, 257, 70, false, random),
+          longer(dtype, Layout::rows, 384, 70, false, random);
+      const Rows x = Rows(1, 257).fill(random), long_x = Rows(1, 384).fill(random), y(1, 70), z(1, 70);
+      const Product first{w.weight, y.mat, false}, before{longer.weight, z.mat, false},
+          again{w.weight, z.mat, false};
+      cpu->matmul(x.mat, std::span(&first, 1));
+      fill_padding(w.weight);
+      cpu->matmul(long_x.mat, std::span(&before, 1));
+      cpu->matmul(x.mat, std::span(&again, 1));
+      EXPECT_EQ(bits_differ(y.mat, z.mat), 0) << isa << " " << dtype_name(dtype);
+    }
+  }
+}
+
 /// What is wrong with an input is seen in the output, and does not hide in an integer.
 TEST(Gemv, NotANumberComesThrough) {
   Random random(6);
