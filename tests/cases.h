@@ -64,10 +64,6 @@ inline const std::vector<AttendCase> kAttendCases = {
     {2, 1, 16, 300, {1500, 1, 3, 64}},
 };
 
-inline constexpr float kInf = std::numeric_limits<float>::infinity();
-inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
-inline constexpr float kTiny = std::numeric_limits<float>::denorm_min();
-
 inline constexpr double kUnit = 0x1p-24;  // relative error of one float32 rounding
 
 /// Bound of the error of a float32 sum of n products in any order, times Σ|x·w|; Higham, Accuracy and
@@ -237,7 +233,7 @@ inline void fill_padding(const Weight& w) {
   for (int64_t line = 0; line < w.lines(); ++line) {
     auto* const bytes = static_cast<std::byte*>(const_cast<void*>(w.line(line)));
     for (int64_t i = w.line_length(); i < padded_line(w.line_length()); ++i)
-      round_value(kInf, i, w.line_length(), w.dtype, bytes);
+      round_value(1e30f, i, w.line_length(), w.dtype, bytes);
   }
 }
 
@@ -251,6 +247,10 @@ inline int64_t bits_differ(Mat a, Mat b) {
   }
   return count;
 }
+
+inline constexpr float kInf = std::numeric_limits<float>::infinity();
+inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+inline constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 
 /// Random, ties, equal, zeros, special values, wide range.
 inline Rows hard_rows(int64_t n, Random& random) {

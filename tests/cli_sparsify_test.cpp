@@ -125,23 +125,44 @@ TEST_F(Cli, CountedAdaptersMakeWayForOneBasis) {
 }
 
 TEST_F(Cli, QuantisedWeights) {
-  for (const char* method : {"dense", "larosa"}) {
+  for (const std::string method : {"dense", "larosa", "cats", "rsparse"}) {
     const std::string made = dir_ / method;
-    const Outcome o =
-        run({"sparsify", model(), "-o", made, "--method", method, "--weights", "int4", "--calib", text()});
+    Arguments a = {"sparsify", model(),     "-o",   made,      "--method",
+                   method,     "--weights", "int4", "--calib", text()};
+    if (method != "dense") a.insert(a.end(), {"--sparsity", "0.3"});
+    if (method == "rsparse") a.insert(a.end(), {"--mix", "0.6"});
+    const Outcome o = run(a);
     ASSERT_EQ(o.code, 0) << o.err;
     EXPECT_EQ(run({"run", made, "-p", "hello", "-n", "4", "--check-tensors"}).code, 0);
     const auto j = nlohmann::json::parse(run({"inspect", made, "--json", "--tensors"}).out);
     EXPECT_EQ(j["plan"]["notes"]["weights"], "int4");
     std::map<std::string, nlohmann::json> tensors;
     for (const auto& t : j["tensors"]) tensors[t["name"]] = t;
+    const std::vector<int> shape = method == "cats" ? std::vector{56, 48} : std::vector{48, 56};
     EXPECT_EQ(tensors["layers.1.up"],
-              nlohmann::json({{"name", "layers.1.up"}, {"dtype", "int4"}, {"shape", {48, 56}}}));
+              nlohmann::json({{"name", "layers.1.up"}, {"dtype", "int4"}, {"shape", shape}}));
     EXPECT_EQ(tensors["head"], nlohmann::json({{"name", "head"}, {"dtype", "int8"}, {"shape", {48, 260}}}));
     EXPECT_EQ(tensors["embed"], nlohmann::json({{"name", "embed"}, {"dtype", "int8"}, {"shape", {260, 48}}}));
     EXPECT_EQ(read_json(made + "/config.json")["larosa"]["weights"], "int4");
     const Outcome bench = run({"bench", made, "-p", "8", "-n", "4", "-r", "1", "-o", "json"});
     EXPECT_EQ(bench.code, 0) << bench.err;
+    if (method != "rsparse") continue;
+    const int64_t rank = tensors["layers.1.up.low_in"]["shape"][0];
+    EXPECT_LT(rank, 48);
+    for (const auto& [name, sides] : {std::pair{"low_in", std::pair{rank, 48}}, {"low_out", {rank, 56}}}) {
+      const std::string low = std::string("layers.1.up.") + name;
+      EXPECT_EQ(tensors[low],
+                nlohmann::json({{"name", low}, {"dtype", "int4"}, {"shape", {sides.first, sides.second}}}));
+    }
+    // What the operations read of the products of low rank is what the plan says.
+    double read = 0;
+    for (const auto& row : nlohmann::json::parse(
+             run({"bench", made, "-p", "0", "-n", "4", "-r", "1", "--ops", "-o", "json"}).out)) {
+      const std::string operation = row["operation"];
+      if (operation == "matmul low_in" || operation == "matmul low_out")
+        read += row["bytes_per_token"].get<double>();
+    }
+    EXPECT_EQ(read, j["token_bytes"]["low_rank"]);
   }
   const auto sparsify = [&](Arguments more) {
     Arguments a = {"sparsify", model(), "-o", dir_ / "made", "--calib", text()};

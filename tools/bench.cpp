@@ -220,6 +220,10 @@ void name_tensors(const Model& model, Profile& profile) {
       const char* site = site_name(site_of(layer.plan.groups[g].projections[0]));
       profile.name(layer.groups[g].scale, site);
       profile.name(layer.groups[g].basis.data, site);
+      for (const LowRank& low : layer.groups[g].low) {
+        profile.name(low.in.data, "low_in");
+        profile.name(low.out.data, "low_out");
+      }
     }
   }
 }

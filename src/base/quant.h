@@ -42,8 +42,8 @@ void quantise_line(const float* values, int64_t n, DType t, std::byte* line);
 /// written in parts. Padding after the scales is left alone.
 void quantise_part(const float* values, int64_t first, int64_t count, int64_t n, DType t, std::byte* line);
 
-/// Rounds `value` to the nearest level of the scale that value i of a line of n has already; returns what
-/// stands there then.
+/// Rounds `value`, a finite one, to the nearest level of the scale that value i of a line of n has already;
+/// returns what stands there then.
 float round_value(float value, int64_t i, int64_t n, DType t, std::byte* line);
 
 /// values[0, count) = value `first` … of a line of n values, any stored type (one rounding: scale · q in
