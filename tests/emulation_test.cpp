@@ -1,4 +1,4 @@
-// The CUDA backend's decoding product, its selections and attention of one row, run on the host
+// The CUDA backend's decoding products, its selections and attention of one row, run on the host
 // (tests/emulation): against `ref`, and the laws. What every machine can test of them; the rest is cuda_test,
 // which needs a device.
 #include <gtest/gtest.h>
