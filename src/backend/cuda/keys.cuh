@@ -103,7 +103,7 @@ struct Vectors {
 /// from registers; 11008 without a norm 5.4 and 2.7).
 template <int kVectors>
 struct HeldKeys {
-  static constexpr int kBinBits = kVectors <= 2 ? 11 : 12;
+  static constexpr int kBinBits = kVectors <= 2 ? 11 : 12;  // more are summed up more slowly
 
   Places<kVectors> at;
   int key[kVectors][4];

@@ -22,8 +22,8 @@ __device__ inline Cut keep_all() {
 }
 
 /// Bins of a pass: two to the power of the row's kBinBits at most, and one for each lane's keys that are in
-/// none, so that nothing is asked of a key. Four thousand around the last cut hold an entry each at most
-/// (4096 entries) or a few: only if the cut's own has more are they ranked, which takes another pass.
+/// none, so that nothing is asked of a key. Thousands around the last cut hold an entry each at most or a
+/// few: only if the cut's own has more are they ranked, which takes another pass.
 inline constexpr int kMostBins = 1 << 12, kBinBytes = (kMostBins + kWarp) * 4;
 
 struct SelectScratch {
