@@ -1,4 +1,4 @@
-// The CUDA backend's decoding products, its selections and attention of one row, run on the host
+// The CUDA backend's decoding products and selections, run on the host
 // (tests/emulation): against `ref`, and the laws. What every machine can test of them; the rest is cuda_test,
 // which needs a device.
 #include <gtest/gtest.h>
@@ -9,52 +9,13 @@
 #include <vector>
 
 #include "backend/cuda/kernels.h"
+#include "emulation/device.h"
 #include "products.h"
 
 namespace larosa {
 namespace {
 
 using namespace cases;
-
-constexpr int kShared = 217 << 10;  // an H200's, beside what kernels declare
-
-/// A device of a few multiprocessors, and what its launches share.
-struct Device {
-  explicit Device(int multiprocessors = 8, int shared = kShared) : sent(cuda::kMostSent), done(1) {
-    stream.multiprocessors = multiprocessors;
-    stream.shared_bytes = shared;
-    chain.done = done.data();
-  }
-  void gemv(const cuda::Input& in, const std::vector<Product>& products,
-            const std::vector<cuda::Skip>& skips = {}, const cuda::Glu& glu = {}) {
-    cuda::gemv(stream, in, products, skips, glu, sent.data(), chain);
-  }
-
-  cuda::Stream stream;
-  std::vector<uint64_t> sent;
-  std::vector<uint32_t> done;
-  cuda::Chain chain;
-};
-
-/// A weight as aligned as memory comes, or one element off.
-struct PlacedWeight {
-  PlacedWeight(const Weight& from, bool aligned) : weight(from) {
-    const auto bytes = static_cast<size_t>(from.bytes());
-    const size_t gap = aligned ? 0 : static_cast<size_t>(dtype_size(from.dtype));
-    memory.resize((bytes + gap) / sizeof(uint4) + 1);
-    weight.data =
-        static_cast<char*>(std::memcpy(reinterpret_cast<char*>(memory.data()) + gap, from.data, bytes));
-  }
-  std::vector<uint4> memory;
-  Weight weight;
-};
-
-cuda::Input row_of(const Mat& x) {
-  cuda::Input in;
-  in.cols = static_cast<int>(x.cols);
-  in.x = x.data;
-  return in;
-}
 
 /// body(dtype, aligned) for every type.
 template <class Body>
@@ -292,6 +253,48 @@ TEST_F(Emulation, LongRowsAreReadFromMemory) {
   for (int64_t j = 0; j < kOut; ++j) EXPECT_NEAR(y.at(0, j), whole.at(0, j), 1e-3) << j;
 }
 
+/// What keeps all of a row adds up in the order of what selects nothing, with a skip too.
+TEST_F(Emulation, KeepingAllEqualsDenseBehindASkip) {
+  constexpr int64_t kIn = 512, kSkip = 256, kOut = 2048;
+  Device device(28);
+  const StoredWeight w(DType::bf16, Layout::channels, kIn, kOut, false, random_),
+      skip(DType::int8, Layout::channels, kSkip, kOut, false, random_);
+  const PlacedWeight pw(w.weight, true), pskip(skip.weight, true);
+  const Rows h = Rows(1, kIn).fill(random_), x = Rows(1, kSkip).fill(random_), masked(1, kIn);
+  const auto product = [&](cuda::Input in) {
+    Rows y(1, kOut);
+    device.gemv(in, {{pw.weight, y.mat, false}}, {{x.mat.data, pskip.weight}});
+    return y;
+  };
+  cuda::Input in = row_of(h.mat);
+  const Rows dense = product(in);
+  int32_t count = 0, guess = 0;
+  in.select = cuda::Selects::topk;
+  in.keep = kIn;
+  in.masked = masked.mat.data, in.kept = &count, in.guess = &guess;
+  EXPECT_EQ(bits_differ(product(in).mat, dense.mat), 0);
+  EXPECT_EQ(count, kIn);
+}
+
+/// A device whose blocks have 99 KB: score weights of the longest rows do not fit beside the bins.
+TEST_F(Emulation, SelectionsFitSmallMemory) {
+  constexpr int64_t kIn = 18944;
+  const Device small(8, (99 << 10) - cuda::kStaticShared);
+  const Rows x = Rows(1, kIn).fill(random_), scale(1, kIn), masked(1, kIn), truth(1, kIn);
+  for (int64_t i = 0; i < kIn; ++i) scale.mat.data[i] = std::fabs(x.at(0, kIn - 1 - i));
+  const auto kept = ref_->make_selection(1, kIn);
+  cuda::Input in;
+  in.select = cuda::Selects::topk;
+  in.keep = kIn / 2;
+  in.scale = scale.mat.data;
+  int32_t count = 0;
+  cuda::select(small.stream, x.mat, in, masked.mat.data, &count);
+  ref_->topk(x.mat, in.scale, in.keep, *kept);
+  ref_->expand(*kept, truth.mat);
+  EXPECT_EQ(bits_differ(masked.mat, truth.mat), 0);
+  EXPECT_EQ(count, in.keep);
+}
+
 TEST_F(Emulation, RowsThatAreTooLongAreRefused) {
   Device small(8, 64 << 10);
   const int64_t longest = cuda::gemv_longest(small.stream), out = 8;
@@ -394,64 +397,6 @@ TEST_F(Emulation, SkipsOfManyGroupsAreAdded) {
       ref_->matmul(h.mat, std::span(&product, 1));
       for (int64_t j = 0; j < out; ++j) ASSERT_NEAR(y.at(0, j), truth.at(0, j), 3e-4) << j;
       EXPECT_TRUE(y.gaps_intact());
-    }
-  }
-}
-
-/// A cache of float32 elements, filled by ref.
-struct History {
-  History(Backend& ref, int64_t kv_heads, int64_t heads, int64_t width, int64_t length, Random& random)
-      : keys(static_cast<size_t>(kv_heads * (length + 1) * width)), values(keys) {
-    const KvShape shape{1, kv_heads, width, length + 1, DType::f32};
-    cache = ref.make_kv_cache(shape);
-    layer = {keys.data(), values.data(), nullptr, nullptr, DType::f32, kv_heads, width, length + 1};
-    if (length == 0) return;
-    const Rows q(length, heads * width), out(length, heads * width);
-    const Rows k = Rows(length, kv_heads * width).fill(random),
-               v = Rows(length, kv_heads * width).fill(random);
-    ref.attend(q.mat, k.mat, v.mat, *cache, 0, 0, 1, out.mat);
-    for (int64_t t = 0; t < length; ++t) {
-      for (int64_t i = 0; i < kv_heads * width; ++i) {
-        const auto at = static_cast<size_t>((i / width * (length + 1) + t) * width + i % width);
-        keys[at] = k.at(t, i), values[at] = v.at(t, i);
-      }
-    }
-  }
-  std::vector<float> keys, values;
-  std::unique_ptr<KvCache> cache;
-  cuda::CacheLayer layer;
-};
-
-/// One stretch of positions, two, and more than are split evenly, by one block per head or by several that
-/// finish together; odd widths; groups of heads that more blocks share.
-TEST_F(Emulation, AttentionOfOneRowMatchesRef) {
-  struct Case {
-    int64_t kv_heads, group, width, length, window;
-  };
-  for (const int multiprocessors : {4, 64}) {
-    Device device(multiprocessors);
-    for (const Case& c : {Case{2, 1, 64, 0, 0}, Case{2, 1, 128, 80, 0}, Case{1, 3, 20, 330, 100},
-                          Case{1, 9, 12, 150, 0}, Case{2, 4, 65, 70, 0}, Case{1, 1, 4, 4500, 0}}) {
-      const int64_t heads = c.kv_heads * c.group;
-      SCOPED_TRACE(std::to_string(multiprocessors) + ": " + std::to_string(heads) + " heads of " +
-                   std::to_string(c.width) + ", " + std::to_string(c.length) + " positions");
-      History history(*ref_, c.kv_heads, heads, c.width, c.length, random_);
-      const Rows q = Rows(1, heads * c.width).fill(random_), k = Rows(1, c.kv_heads * c.width).fill(random_),
-                 v = Rows(k).fill(random_), out(1, heads * c.width), truth(1, heads * c.width);
-      std::vector<float> cosine, sine, inv_freq;
-      for (int64_t i = 0; i < c.width / 2; ++i) {
-        inv_freq.push_back(1.0f / static_cast<float>(1 + 3 * i));
-        const float angle = static_cast<float>(c.length) * inv_freq.back();
-        cosine.push_back(std::cos(angle)), sine.push_back(std::sin(angle));
-      }
-      const cuda::Angles at{cosine.data(), sine.data()};
-      const bool turn = c.width % 2 == 0;
-      cuda::attend_row(device.stream, q.mat, k.mat, v.mat, history.layer, c.length, c.window, out.mat,
-                       turn ? &at : nullptr, device.sent.data(), device.chain);
-      if (turn) ref_->rope(q.mat, k.mat, c.width, c.length, inv_freq.data());
-      ref_->attend(q.mat, k.mat, v.mat, *history.cache, 0, c.length, c.window, truth.mat);
-      for (int64_t i = 0; i < heads * c.width; ++i) ASSERT_NEAR(out.at(0, i), truth.at(0, i), 3e-5) << i;
-      EXPECT_TRUE(out.gaps_intact());
     }
   }
 }

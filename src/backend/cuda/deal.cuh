@@ -59,7 +59,8 @@ inline Splits splits_of(const Deal& d, int threads, int lane, bool paired) {
 
 /// How many of so many groups have the skips while the others have the product: those with which the group
 /// that takes longest takes least, by the bytes of either (of equal speed), of which the product's groups
-/// have `later` each that they could have read before they begin.
+/// have `later` each that they could have read before they begin. By plain bytes the skip's groups ended 2 µs
+/// after the product's (8 layers of 7B: 997 → 1014 tokens/s at 25 %, 1228 → 1242 at 50 %, level at 75 %).
 inline int skip_groups(int groups, const Deal& product, double bytes, double later, const Deal& skip,
                        double skip_bytes) {
   const auto most = [](double total, int granules, int among) {

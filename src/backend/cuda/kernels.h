@@ -57,6 +57,11 @@ struct Input {
   int32_t* kept = nullptr;       // and how many entries it kept
 };
 
+/// True when all of its entries count.
+__host__ __device__ inline bool keeps_all(const Input& in) {
+  return in.select == Selects::all || (in.select == Selects::topk && in.keep == in.cols);
+}
+
 /// A second row, all of it times weights of its own, whose product is added to the first output.
 struct Skip {
   const float* x = nullptr;

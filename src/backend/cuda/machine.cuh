@@ -90,8 +90,10 @@ __device__ inline uint32_t observe(const uint32_t* counter) {
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
   return seen;
 }
-/// The same for who reads past the first-level cache what was written before: `observe` empties it, and what
-/// registers had no room for comes from further away then.
+/// The same for who reads what was written before by __ldcg and by messages: these are compiled to loads that
+/// pass the first-level cache, and a thread issues them behind this one, so that nothing has to be acquired,
+/// which is seen, not promised. `observe` empties that cache, and what registers had no room for comes from
+/// further away then.
 __device__ inline uint32_t glance(const uint32_t* counter) {
   uint32_t seen;
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");

@@ -16,10 +16,10 @@ __device__ void select_one(const Input& in, const Row& row, const Write& write, 
 
 /// One block per row. Its memory has bins and, behind them, score weights of a row that registers hold.
 __global__ void __launch_bounds__(kRowThreads)
-    select_kernel(const __grid_constant__ Input in, int64_t stride, float* masked, int32_t* kept) {
+    select_kernel(const __grid_constant__ Input in, int64_t stride, bool held, float* masked, int32_t* kept) {
   const float* const x = in.x + blockIdx.x * stride;
   float* const to = masked + blockIdx.x * static_cast<int64_t>(in.cols);
-  const bool held = in.cols <= kMostHeld, scaled = in.scale != nullptr;
+  const bool scaled = in.scale != nullptr;
   if (held && scaled) fetch_factors(in.scale, in.cols, floats_at(kBinBytes));
   clear_bins(0);
   __syncthreads();
@@ -72,9 +72,10 @@ void select(const Stream& s, Mat x, const Input& rule, float* masked, int32_t* k
   Input in = rule;
   in.x = x.data;
   in.cols = static_cast<int>(x.cols);
-  const int64_t scale = in.scale && in.cols <= kMostHeld ? factors_bytes(in.cols) : 0;
-  launch_kernel(s, select_kernel, static_cast<unsigned>(x.rows), kRowThreads, kBinBytes + scale, in, x.stride,
-                masked, kept);
+  const int64_t most = kBinBytes + (in.scale ? factors_bytes(in.cols) : 0);
+  const bool held = in.cols <= kMostHeld && most <= s.shared_bytes;
+  launch_kernel(s, select_kernel, static_cast<unsigned>(x.rows), kRowThreads, held ? most : kBinBytes, in,
+                x.stride, held, masked, kept);
 }
 
 void list_entries(const Stream& s, const float* row, int64_t cols, int32_t* count, int32_t* index) {
