@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <random>
@@ -234,6 +235,10 @@ inline void fill_padding(const Weight& w) {
     auto* const bytes = static_cast<std::byte*>(const_cast<void*>(w.line(line)));
     for (int64_t i = w.line_length(); i < padded_line(w.line_length()); ++i)
       round_value(1e30f, i, w.line_length(), w.dtype, bytes);
+    constexpr uint16_t kNan = 0x7e00;
+    const int64_t group = quant_group(w.dtype);
+    for (int64_t g = (w.line_length() + group - 1) / group; g < padded_line(w.line_length()) / group; ++g)
+      std::memcpy(bytes + scales_offset(w.dtype, w.line_length()) + 2 * g, &kNan, 2);
   }
 }
 

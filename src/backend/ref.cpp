@@ -91,9 +91,9 @@ double activated(double z, const Activation& activation) {
   return 0;
 }
 
-/// |x| · scale in float32, as every backend computes it; NaN becomes larger than infinity.
+/// |x · scale| in float32, as every backend computes it; NaN becomes larger than infinity.
 double score(float x, const float* scale, int64_t i) {
-  const float s = scale ? std::fabs(x) * scale[i] : std::fabs(x);
+  const float s = std::fabs(scale ? x * scale[i] : x);
   return std::isnan(s)                                ? std::numeric_limits<double>::infinity()
          : s < std::numeric_limits<float>::infinity() ? static_cast<double>(s)
                                                       : std::numeric_limits<double>::max();

@@ -139,11 +139,14 @@ HWY_INLINE float dot_levels(const std::byte* line, int64_t n, const float* x) {
   const FloatTag d;
   const std::byte* const scales = line + scales_offset(kType, n);
   const int64_t blocks = padded_line(n) / kQuantBlock, bytes = scales_offset(kType, kQuantBlock);
+  const int64_t groups = (n + quant_group(kType) - 1) / quant_group(kType);
   HWY_ALIGN float scale[kScales];
   Floats a = hn::Zero(d), b = hn::Zero(d);
   for (int64_t first = 0; first < blocks; first += kBlocks) {
     const int64_t count = std::min(kBlocks, blocks - first);
     widen_scales(scales + first * kGroups * 2, count * kGroups, scale);
+    // Groups behind the last value count for nothing, whatever a file has there.
+    for (int64_t g = std::max(int64_t{0}, groups - first * kGroups); g < count * kGroups; ++g) scale[g] = 0;
     for (int64_t i = 0; i < count; ++i) {
       const std::byte* const levels = line + (first + i) * bytes;
       const float* const from = x + (first + i) * kQuantBlock;

@@ -58,18 +58,13 @@ __device__ float dot_vector(Plain<T>, const uint4& v, const float (&x)[Plain<T>:
   for (int i = 0; i < Plain<T>::kLane; ++i) sum = fmaf(x[i], widen(elements[i]), sum);
   return sum;
 }
-/// Levels become floats as in gemv_types.cuh.
 __device__ float dot_vector(Bytes, const Bytes::Loaded& v, const float (&x)[Bytes::kLane]) {
   float sum = 0;
   const uint32_t words[4] = {v.q.x, v.q.y, v.q.z, v.q.w};
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
-    const uint32_t offset = words[w] ^ 0x80808080u;
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const float q = __uint_as_float(__byte_perm(offset, kMagic, 0x7540 + b)) - (8388608.0f + 128);
-      sum = fmaf(x[4 * w + b], q, sum);
-    }
+    for (int b = 0; b < 4; ++b) sum = fmaf(x[4 * w + b], Bytes::level(words[w], b), sum);
   }
   return __fmul_rn(sum, __half2float(v.scale));
 }
@@ -79,16 +74,22 @@ __device__ float dot_vector(Nibbles, const Nibbles::Loaded& v, const float (&x)[
 #pragma unroll
   for (int w = 0; w < 4; ++w) {
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const uint32_t word = k < 4 ? words[w] : words[w] >> 16;
-      const int place = 4 * (k % 4);
-      const float q = __uint_as_float(pick(word, 0xfu << place, kMagic)) - (8388608.0f + (8 << place));
-      sum[k / 2] = fmaf(x[8 * w + k] * (1.0f / (1 << place)), q, sum[k / 2]);
-    }
+    for (int k = 0; k < 8; ++k)
+      sum[k / 2] = fmaf(x[8 * w + k] * Nibbles::factor(k), Nibbles::level(words[w], k), sum[k / 2]);
   }
   const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&v.scale.x));
   const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&v.scale.y));
   return fmaf(sum[3], high.y, fmaf(sum[2], high.x, fmaf(sum[1], low.y, __fmul_rn(sum[0], low.x))));
+}
+
+/// Scales of groups behind the last value, whatever a file has there, count for nothing. groups: from the
+/// vector's block of 128 on.
+template <class Loaded>
+__device__ void drop_scales(Loaded&, int) {}
+__device__ void drop_scales(Nibbles::Loaded& v, int groups) {
+  if (groups >= 4) return;
+  if (groups < 2) v.scale.x &= 0xffffu;
+  v.scale.y = groups < 3 ? 0 : v.scale.y & 0xffffu;
 }
 
 /// What the vectors leave of a plain row; quantised ones are padded to whole vectors.
@@ -164,6 +165,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
           loaded[u][r] = {};
           if (at < a.vectors && first + r < count)
             loaded[u][r] = Type::load(a.weight + output[r] * a.line + at * 16, Type::extra(at, a.padded));
+          drop_scales(loaded[u][r], (a.in.cols + 31) / 32 - at / 4 * 4);
         }
       }
 #pragma unroll

@@ -54,6 +54,11 @@ struct Bytes {
   };
 
   __device__ static int extra(int v, int padded) { return padded + v / 8 * 2 - v * 16; }
+  /// Byte b of a word.
+  __device__ static float level(uint32_t word, int b) {
+    const uint32_t offset = word ^ 0x80808080u;  // q + 128
+    return __uint_as_float(__byte_perm(offset, kMagic, 0x7540 + b)) - (8388608.0f + 128);
+  }
   __device__ static Loaded load(const char* at, int extra) {
     return {load_stream(at), __ldg(reinterpret_cast<const __half*>(at + extra))};
   }
@@ -62,12 +67,8 @@ struct Bytes {
     const uint32_t words[4] = {v.q.x, v.q.y, v.q.z, v.q.w};
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
-      const uint32_t offset = words[w] ^ 0x80808080u;  // q + 128
 #pragma unroll
-      for (int b = 0; b < 4; ++b) {
-        const float q = __uint_as_float(__byte_perm(offset, kMagic, 0x7540 + b)) - (8388608.0f + 128);
-        sum[4 * w + b] = fmaf(xs, q, sum[4 * w + b]);
-      }
+      for (int b = 0; b < 4; ++b) sum[4 * w + b] = fmaf(xs, level(words[w], b), sum[4 * w + b]);
     }
   }
 };
@@ -82,6 +83,13 @@ struct Nibbles {
   };
 
   __device__ static int extra(int v, int padded) { return padded / 2 + v / 4 * 8 - v * 16; }
+  /// Nibble k of a word, where it is: 16^(k mod 4) times too large, which its factor takes back exactly.
+  __device__ static float level(uint32_t word, int k) {
+    const int place = 4 * (k % 4);
+    const uint32_t half = k < 4 ? word : word >> 16;
+    return __uint_as_float(pick(half, 0xfu << place, kMagic)) - (8388608.0f + (8 << place));
+  }
+  __device__ static constexpr float factor(int k) { return 1.0f / (1 << 4 * (k % 4)); }
   __device__ static Loaded load(const char* at, int extra) {
     return {load_stream(at), __ldg(reinterpret_cast<const uint2*>(at + extra))};
   }
@@ -94,13 +102,8 @@ struct Nibbles {
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
 #pragma unroll
-      for (int k = 0; k < 8; ++k) {
-        // The nibble stays where it is: 16^(k mod 4) times too large, which its factor takes back exactly.
-        const uint32_t word = k < 4 ? words[w] : words[w] >> 16;
-        const int place = 4 * (k % 4);
-        const float q = __uint_as_float(pick(word, 0xfu << place, kMagic)) - (8388608.0f + (8 << place));
-        sum[8 * w + k] = fmaf(scaled[k / 2] * (1.0f / (1 << place)), q, sum[8 * w + k]);
-      }
+      for (int k = 0; k < 8; ++k)
+        sum[8 * w + k] = fmaf(scaled[k / 2] * factor(k), level(words[w], k), sum[8 * w + k]);
     }
   }
   __device__ static int column(int v, int i) {
