@@ -58,7 +58,7 @@ struct Input {
 };
 
 /// True when all of its entries count.
-__host__ __device__ inline bool keeps_all(const Input& in) {
+inline bool keeps_all(const Input& in) {
   return in.select == Selects::all || (in.select == Selects::topk && in.keep == in.cols);
 }
 
