@@ -86,6 +86,17 @@ TEST_F(Emulation, RowsMatchTruth) {
       }
       EXPECT_EQ(bits_differ(some.mat, all.mat), 0);
       EXPECT_TRUE(some.gaps_intact());
+      // A norm on the way is the row that it writes down.
+      const Rows gain = Rows(1, s.in).fill(random_), norm(1, s.in), truth(1, s.in), normed(1, s.out);
+      cuda::Input in = row_of(c.x.mat);
+      in.source = cuda::Source::norm;
+      in.gain = gain.mat.data, in.eps = 1e-5f, in.values = norm.mat.data;
+      cuda::gemv_rows(device_.stream, in, {w.weight, normed.mat, false});
+      ref_->rms_norm(Mat(c.x.mat.data, 1, s.in), gain.mat.data, in.eps, truth.mat);
+      for (int64_t i = 0; i < s.in; ++i)
+        ASSERT_NEAR(norm.at(0, i), truth.at(0, i), 1e-6 * std::fabs(truth.at(0, i)) + 1e-12);
+      cuda::gemv_rows(device_.stream, row_of(norm.mat), {w.weight, all.mat, false});
+      EXPECT_EQ(bits_differ(normed.mat, all.mat), 0);
     });
   }
 }
