@@ -130,9 +130,10 @@ HWY_INLINE void widen_scales(const std::byte* scales, int64_t count, float* to) 
   hn::Store(widen_half(half), d, to + i);
 }
 
-/// One quantised row against x. Levels become float32, which keeps up with the integers of channels
-/// (levels-inl.h): two threads of a shared Zen 5 read rows of 4096 at 18.9 (int8) and 11.3 GB/s (int4), and
-/// channels of 8192 at 17.0 and 11.2 in the same run.
+/// One quantised row against x. Levels become float32, which was as fast as the integers of channels
+/// (levels-inl.h) or up to a third slower: two threads of a shared Zen 5 read rows of 4096 at 18.9 (int8) and
+/// 11.3 GB/s (int4) and channels of 8192 at 17.0 and 11.2 in one run, at 13.2 and 7.8, 17.5 and 11.3 in
+/// another.
 template <DType kType>
 HWY_INLINE float dot_levels(const std::byte* line, int64_t n, const float* x) {
   constexpr int64_t kScales = 64, kGroups = kQuantBlock / quant_group(kType), kBlocks = kScales / kGroups;
