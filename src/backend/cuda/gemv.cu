@@ -16,7 +16,7 @@ struct Part {
   Lines lines;
   const float* bias;
   float* y;
-  int out, first;  // first: output of the launch where it begins
+  int out, first;  // first: column of the launch where it begins
   bool accumulate;
 };
 
@@ -46,19 +46,20 @@ struct Args {
   Link link;
 };
 
+/// Columns are counted over all parts; a part's are its outputs in the order in which vectors have them.
 struct Place {
-  int part, output;
+  int part, column;
 };
 __device__ Place place_of(const Args& a, const Tile& tile, int column) {
   if (a.paired) {
     const int part = column >= tile.half;
     return {part, tile.first + column - part * tile.half};
   }
-  const int output = tile.first + column;
+  const int of_all = tile.first + column;
   int p = 0;
 #pragma unroll 1
-  while (p + 1 < a.parts && output >= a.part[p + 1].first) ++p;
-  return {p, output - a.part[p].first};
+  while (p + 1 < a.parts && of_all >= a.part[p + 1].first) ++p;
+  return {p, of_all - a.part[p].first};
 }
 
 /// What a block and its threads do for a tile: all that can be worked out before the row is there.
@@ -66,15 +67,16 @@ struct Work {
   Tile tile;
   const Lines* lines;  // of the thread's vector
   Share share;
-  int output;      // of the thread's vector
-  uint64_t* sent;  // the sums of the tile's first output, and from one block's to the next one's
+  int column;      // of the thread's vector in its weight
+  uint64_t* sent;  // a tile's sums, or all of a skip's, and from one block's to the next one's
   int pitch;
 };
 
-/// The block's share of the channels of a tile, to its group.
-__device__ void send_product(const Work& w, int rank, const Channels& channels, uint32_t stamp) {
+/// The block's share of the channels of a tile, to its group: by column, a skip's by output.
+__device__ void send_product(const Work& w, bool product, int rank, const Channels& channels,
+                             uint32_t stamp) {
   const Format format = w.lines->format;
-  add_format(format, channels, rank, w.share, *w.lines, w.output);
+  add_format(format, channels, rank, w.share, *w.lines, w.column);
   const auto* const sums = reinterpret_cast<const float*>(block_memory());
   const int shift = lane_shift(format), pitch = sums_pitch(1 << shift);
 #pragma unroll 1
@@ -83,8 +85,8 @@ __device__ void send_product(const Work& w, int rank, const Channels& channels, 
     float total = 0;
 #pragma unroll 8
     for (int t = v; t < kRowThreads; t += w.share.vectors) total = __fadd_rn(total, sums[t * pitch + i]);
-    const int column = format == Format::int4 ? Nibbles::column(v, i) : c;
-    send(w.sent + rank * w.pitch + column, total, stamp);
+    const int at = product ? c : output_of(format, w.tile.first + c);
+    send(w.sent + rank * w.pitch + at, total, stamp);
   }
   __syncthreads();
 }
@@ -145,24 +147,24 @@ __device__ void finish(const Args& a, const Work& w, int rank, uint32_t stamp) {
   for (int p = first + static_cast<int>(threadIdx.x); p < min(first + length, tile.half); p += kRowThreads) {
     const Place place = place_of(a, tile, p);
     const Part& part = a.part[place.part];
-    if (place.output >= part.out) continue;
-    float* const y = part.y + place.output;
-    const float bias = part.bias ? __ldg(part.bias + place.output) : 0,
-                before = part.accumulate ? __ldcg(y) : 0;
+    const int output = output_of(a.format, place.column);
+    if (output >= part.out) continue;
+    float* const y = part.y + output;
+    const float bias = part.bias ? __ldg(part.bias + output) : 0, before = part.accumulate ? __ldcg(y) : 0;
     float sum, second = 0;
     if (a.paired) {
       receive_pair(w, stamp, p, sum, second);
     } else {
-      sum = receive_sum(a, w, stamp, p, place.output);
+      sum = receive_sum(a, w, stamp, p, output);
     }
     if (part.bias) sum = __fadd_rn(sum, bias);
     if (part.accumulate) sum = __fadd_rn(sum, before);
     *y = sum;
     if (!a.paired) continue;
     const Part& other = a.part[1];
-    if (other.bias) second = __fadd_rn(second, __ldg(other.bias + place.output));
-    other.y[place.output] = second;
-    a.glu.mid[place.output] = gated(sum, second, a.glu.activation);
+    if (other.bias) second = __fadd_rn(second, __ldg(other.bias + output));
+    other.y[output] = second;
+    a.glu.mid[output] = gated(sum, second, a.glu.activation);
   }
 }
 
@@ -179,7 +181,7 @@ __device__ Work work_at(const Args& a, bool product, int group, int t, int round
     w.share = share_of(split, lane_of(a.format));
     const Place place = place_of(a, w.tile, w.share.column);
     w.lines = &a.part[place.part].lines;
-    w.output = place.output;
+    w.column = place.column;
     // Two places in turn: a block may be in the next tile while another still reads of this one. Not in the
     // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
     // columns, 128 of a pair; int4 twice as many) is longer than what padding leaves out (127, of int4
@@ -194,9 +196,9 @@ __device__ Work work_at(const Args& a, bool product, int group, int t, int round
     const Split& split = t < a.skip_deal.larger ? skip.splits.larger : skip.splits.usual;
     w.share = share_of(split, lane_of(skip.lines.format));
     w.lines = &skip.lines;
-    w.output = w.tile.first + w.share.column;
+    w.column = w.tile.first + w.share.column;
     w.pitch = a.skip_deal.outputs();
-    w.sent = a.skip_sent + i * kGroup * w.pitch + w.tile.first;
+    w.sent = a.skip_sent + i * kGroup * w.pitch;
   }
   return w;
 }
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__(kRowThreads) gemv_kernel(const __grid_constant
         prepare_row(in, product ? memory : row_memory(in, true), a.held || !product, rank);
     start_next();  // not before: what it does there would hold the row up
     const uint32_t stamp = a.stamp + static_cast<uint32_t>(product ? round : 0);
-    send_product(work, rank, channels, stamp);
+    send_product(work, product, rank, channels, stamp);
     if (product) finish(a, work, rank, stamp);
     t += deal.groups, ++round;
     if (t >= end) break;
@@ -327,11 +329,12 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
     bytes += bytes_read(p.weight, in);
   }
   if (a.paired) a.deal.granules /= 2;
-  int lane = 1 << 30;
+  int lane = 1 << 30, padded = 0;
   for (const Skip& skip : skips) {
     const SkipArgs& args =
         a.skip[a.skips++] = {skip.x, lines_of(skip.weight), static_cast<int>(skip.weight.in), {}};
     a.skip_deal.granule = std::max(a.skip_deal.granule, granule_of(args.lines.format));
+    padded = std::max(padded, args.lines.padded);
     lane = std::min(lane, lane_of(args.lines.format));
     skip_bytes += bytes_read(skip.weight, Input{.cols = static_cast<int>(skip.weight.in)});
     shared = std::max(shared, skip_shared_bytes(skip.weight));
@@ -340,7 +343,7 @@ void gemv(const Stream& s, const Input& in, std::span<const Product> products, s
   a.deal.groups = groups;
   if (a.skips > 0) {
     const int granule = a.skip_deal.granule;
-    a.skip_deal.granules = (static_cast<int>(skips[0].weight.out) + granule - 1) / granule;
+    a.skip_deal.granules = (padded + granule - 1) / granule;
     a.skip_deal.groups =
         std::min(skip_groups(groups, a.deal, bytes, keeps_all(in) ? 0 : kSelecting, a.skip_deal, skip_bytes),
                  a.skip_deal.granules);

@@ -66,7 +66,7 @@ __device__ float dot_vector(Bytes, const Bytes::Loaded& v, const float (&x)[Byte
 #pragma unroll
     for (int b = 0; b < 4; ++b) sum = fmaf(x[4 * w + b], Bytes::level(words[w], b), sum);
   }
-  return __fmul_rn(sum, __half2float(v.scale));
+  return __fmul_rn(sum, Bytes::scale(v));
 }
 __device__ float dot_vector(Nibbles, const Nibbles::Loaded& v, const float (&x)[Nibbles::kLane]) {
   float sum[4] = {};
@@ -75,11 +75,13 @@ __device__ float dot_vector(Nibbles, const Nibbles::Loaded& v, const float (&x)[
   for (int w = 0; w < 4; ++w) {
 #pragma unroll
     for (int k = 0; k < 8; ++k)
-      sum[k / 2] = fmaf(x[8 * w + k] * Nibbles::factor(k), Nibbles::level(words[w], k), sum[k / 2]);
+      sum[k / 2] = fmaf(x[8 * w + k], Nibbles::raised(words[w], k) - Nibbles::kRaised, sum[k / 2]);
   }
-  const float2 low = __half22float2(*reinterpret_cast<const __half2*>(&v.scale.x));
-  const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&v.scale.y));
-  return fmaf(sum[3], high.y, fmaf(sum[2], high.x, fmaf(sum[1], low.y, __fmul_rn(sum[0], low.x))));
+  const Nibbles::Scales scale = Nibbles::scales(v);
+  float total = __fmul_rn(sum[0], scale.of[0]);
+#pragma unroll
+  for (int g = 1; g < 4; ++g) total = fmaf(sum[g], scale.of[g], total);
+  return total;
 }
 
 /// Scales of groups behind the last value, whatever a file has there, count for nothing. groups: from the

@@ -20,17 +20,19 @@ bool may_depend(void (*kernel)(Params...)) {
 
 // A dependent launch puts its blocks where there is room, two on one multiprocessor and none on another if it
 // comes to that: on 66 of an H200's 132 then, and half of the bandwidth is lost. So a block takes more than
-// half of a multiprocessor's shared memory.
+// half of what a multiprocessor has for blocks.
 inline int64_t shared_alone(const Stream& s) {
-  return std::min<int64_t>(116 << 10, s.shared_bytes);
+  return std::min<int64_t>(68 << 10, s.shared_bytes);
 }
 
 template <class... Params>
 void launch_kernel(const Stream& s, void (*kernel)(Params...), dim3 blocks, dim3 threads, int64_t shared,
                    const Params&... params) {
   // A multiprocessor divides its memory anew where a kernel wants another share for blocks: attention did,
-  // between products (7B's layers at 50 %: 1217 tokens/s, 1227 when all want 164 of 228 KB).
-  constexpr int kShare = 72;
+  // between products (7B's layers at 50 %: 1217 tokens/s, 1227 when all want the same). The rest is cache,
+  // which loads on their way need: with 132 of 228 KB for blocks 978 tokens/s dense, with 164 964, int8 1455
+  // and 1377. The longest row of registers takes 120 KB.
+  constexpr int kShare = 57;
   static std::mutex mutex;                             // engines of several threads launch the same kernels
   static std::set<std::pair<int, const void*>> asked;  // kernels of these parameters
   const void* const function = reinterpret_cast<const void*>(kernel);

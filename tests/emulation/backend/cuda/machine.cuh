@@ -232,8 +232,9 @@ inline const void* aligned_to(const void* p, size_t bytes) {
 inline uint4 load_stream(const void* p) {
   return *static_cast<const uint4*>(aligned_to(p, 16));
 }
-inline uint32_t pick(uint32_t word, uint32_t mask, uint32_t bits) {
-  return (word & mask) | bits;
+template <class T>
+void load_once(const void* p, T& v) {
+  v = *static_cast<const T*>(aligned_to(p, sizeof(T)));
 }
 inline void fetch_vector(const void* x, void* to) {
   aligned_to(to, 16);
