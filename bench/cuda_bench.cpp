@@ -312,6 +312,33 @@ void print_topk(const Flags& f, Backend& backend) {
   }
 }
 
+/// What the next token is drawn from, to the host, which waits for it.
+void print_largest(const Flags& f, Backend& backend) {
+  constexpr int64_t kTimes = 256, kLongest = 151936;
+  std::printf(
+      "\n## The largest entries of a row\n\nCall after call through the door, with the host's wait; \"row\": "
+      "all "
+      "of it read, and those found on the host.\n\n| entries | largest | us | us, row "
+      "|\n|--:|--:|--:|--:|\n");
+  const Inputs inputs(backend, kLongest);
+  const std::unique_ptr<Backend> host = make_ref_backend();
+  std::vector<float> row(kLongest);
+  Stopwatch watch(backend, f);
+  for (const int64_t n : {int64_t{32000}, int64_t{128256}, kLongest}) {
+    for (const size_t count : {1, 40, 104, 256}) {
+      std::vector<Candidate> to(count);
+      const auto us = [&](const auto& issue) { return 1e6 / kTimes * watch.median_sample(kTimes, issue); };
+      const double found = us([&](int64_t i) { backend.largest(inputs.row(i, n), to); });
+      const double read = us([&](int64_t i) {
+        backend.read(inputs.row(i, n), row.data());
+        host->largest(Mat(row.data(), 1, n), to);
+      });
+      std::printf("| %ld | %zu | %.2f | %.2f |\n", static_cast<long>(n), count, found, read);
+      std::fflush(stdout);
+    }
+  }
+}
+
 /// A name in bench/configs, or a file.
 ModelConfig read_shape(const std::string& name) {
   const bool file = name.size() > 5 && name.compare(name.size() - 5, 5, ".json") == 0;
@@ -356,6 +383,7 @@ int run(const Flags& f) {
     const std::unique_ptr<Backend> backend = make_cuda_backend({});
     std::printf("# CUDA kernels\n\n%s\n", backend->describe().c_str());
     print_topk(f, *backend);
+    print_largest(f, *backend);
   }
   for (size_t i = 0; i < configs.size(); ++i)
     for (const std::string& type : f.types) bench_shape(f, f.shapes[i], configs[i], dtype_of(type), pool);

@@ -118,6 +118,14 @@ void softmax(State& state, int64_t rows, int64_t vocab) {
   for (auto _ : state) cpu()->log_softmax(x.mat);
 }
 
+/// What the next token is drawn from by default.
+void largest(State& state, int64_t vocab) {
+  Random random(5);
+  const Rows x = Rows(1, vocab).fill(random);
+  std::vector<Candidate> found(40);
+  for (auto _ : state) cpu()->largest(x.mat, found);
+}
+
 /// `rows` queries at the end of `context` positions; 32 heads of 128 over 8 key/value heads.
 void attend(State& state, int64_t rows, int64_t context, DType dtype) {
   Random random(6);
@@ -186,6 +194,7 @@ void add_all() {
   }
   add("softmax/1x128256", softmax, int64_t{1}, int64_t{128256});
   add("softmax/256x16384", softmax, int64_t{256}, int64_t{16384});
+  for (const int64_t vocab : {32000, 151936}) add("largest/" + std::to_string(vocab), largest, vocab);
   for (const DType dtype : kKvTypes) {
     for (const int64_t rows : {1, 512}) {
       for (const int64_t context : {512, 4096}) {

@@ -9,6 +9,7 @@
 #include "calib/sparsify.h"
 #include "device.h"
 #include "eval/perplexity.h"
+#include "largest.h"
 #include "larosa/engine.h"
 #include "model_fixture.h"
 
@@ -414,6 +415,27 @@ TEST_F(Cuda, SoftmaxMatchesRef) {
       for (int64_t i = 0; i < n; ++i) {
         const double bound = sum_bound(128) + 4 * kUnit + 2 * kUnit * std::fabs(truth.at(t, i));
         EXPECT_LE(std::fabs(double{found.at(t, i)} - truth.at(t, i)), bound);
+      }
+    }
+  }
+}
+
+TEST_F(Cuda, LargestIsTheBeginningOfTheSortedRow) {
+  Random random(8);
+  for (const int64_t n : {1, 41, 1004, 16384, 16385, 32000, 128256, 151936, 300001}) {
+    const Rows rows = rows_of_logits(n, random);
+    const DeviceRows there(cuda(), rows);
+    for (int64_t t = 0; t < rows.mat.rows; ++t) {
+      const std::vector<float> row(rows.mat.row(t), rows.mat.row(t) + n);
+      const DeviceFloats aligned(cuda(), row);
+      const std::vector<Candidate> all = sorted_entries(row.data(), n);
+      for (const int64_t count : largest_counts(n)) {
+        SCOPED_TRACE(std::to_string(n) + " row " + std::to_string(t) + " count " + std::to_string(count));
+        std::vector<Candidate> found(static_cast<size_t>(count));
+        for (const Mat& x : {there.mat.slice(t, 1), Mat(const_cast<float*>(aligned.get()), 1, n)}) {
+          cuda().largest(x, found);
+          EXPECT_EQ(first_difference(found, all), -1);
+        }
       }
     }
   }

@@ -71,6 +71,19 @@ TEST(Profile, CacheBytesAreThoseOfThePositionsAttendedTo) {
   }
 }
 
+TEST(Profile, LargestEntriesAreThePlainOnes) {
+  const auto plain = make_ref_backend();
+  Profile profile;
+  const auto profiled = make_profiled_backend(*plain, profile);
+  cases::Random random(1);
+  const cases::Rows x = cases::Rows(1, 100).fill(random);
+  std::vector<Candidate> found(7), truth(7);
+  profiled->largest(x.mat, found);
+  plain->largest(x.mat, truth);
+  for (size_t i = 0; i < truth.size(); ++i) EXPECT_EQ(found[i].id, truth[i].id);
+  EXPECT_EQ(by_name(profile)["largest"].calls, 1);
+}
+
 /// Whole models, dense and sparse, prompt and tokens: the same logits, and the bytes that a token is said to
 /// cost.
 TEST(Profile, WholeModel) {

@@ -34,6 +34,25 @@ void Backend::copy(Mat from, Mat to) {
   for (int64_t t = 0; t < from.rows; ++t) std::copy_n(from.row(t), from.cols, to.row(t));
 }
 
+void Backend::largest(Mat x, std::span<Candidate> to) {
+  const auto count = static_cast<int32_t>(to.size()), cols = static_cast<int32_t>(x.cols);
+  CHECK(x.rows == 1 && 0 < count && count <= cols);
+  for (int32_t i = 0; i < count; ++i) to[static_cast<size_t>(i)] = {x.data[i], i};
+  std::ranges::make_heap(to, &Candidate::before);  // the last one is on top
+  float last = to.front().finite();
+  for (int32_t i = count; i < cols; ++i) {
+    // Of nearly all entries nothing else is asked: 40 of 151,936 in 60 µs, 160 when each one is a Candidate.
+    if (!(x.data[i] > last)) continue;
+    const Candidate entry{x.data[i], i};
+    if (!entry.before(to.front())) continue;  // an infinity, and the end of the range is there already
+    std::ranges::pop_heap(to, &Candidate::before);
+    to.back() = entry;
+    std::ranges::push_heap(to, &Candidate::before);
+    last = to.front().finite();
+  }
+  std::ranges::sort_heap(to, &Candidate::before);
+}
+
 std::unique_ptr<Algebra> Backend::make_algebra(ThreadPool& pool) {
   return make_host_algebra(pool);
 }

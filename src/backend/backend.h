@@ -8,7 +8,9 @@
 // Results do not depend on the number of threads, bit for bit.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <span>
 #include <string>
@@ -57,6 +59,24 @@ struct Product {
   Weight weight;
   Mat y;
   bool accumulate = false;
+};
+
+/// An entry of a row of logits.
+struct Candidate {
+  float logit = 0;
+  int32_t id = 0;
+
+  /// What the logit counts as: a NaN as the least, infinities as the ends of the range. Order and differences
+  /// are then defined whatever a broken model says.
+  float finite() const {
+    constexpr float kEnd = std::numeric_limits<float>::max();
+    return logit > -kEnd ? std::min(logit, kEnd) : -kEnd;
+  }
+  /// The larger one is first, among equals the lower id: the order is the same everywhere.
+  bool before(const Candidate& other) const {
+    const float a = finite(), b = other.finite();
+    return a != b ? a > b : id < other.id;
+  }
 };
 
 /// Arithmetic of dense products over many rows. Decoding (one row) and rotate are float32 either way.
@@ -161,6 +181,10 @@ class Backend {
 
   /// Every row to log-probabilities: x[t,i] −= log Σ_j e^{x[t,j]}.   x (T, V), in place
   virtual void log_softmax(Mat x) = 0;
+
+  /// The to.size() largest entries of a row as they are, in the order of Candidate::before. After everything
+  /// issued before; `to` is the host's and filled on return.   x (1, V); 1 ≤ to.size() ≤ V
+  virtual void largest(Mat x, std::span<Candidate> to);
 };
 
 /// The meaning of every operation: plain loops, double sums, no speed.

@@ -129,6 +129,9 @@ class ProfiledBackend final : public Backend {
   void log_softmax(Mat x) override {
     time("log_softmax", {}, 0, [&] { inner_.log_softmax(x); });
   }
+  void largest(Mat x, std::span<Candidate> to) override {
+    time("largest", {}, 0, [&] { inner_.largest(x, to); });
+  }
 
  private:
   /// The name is put together after the clock has stopped.

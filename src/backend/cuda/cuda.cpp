@@ -210,6 +210,26 @@ class CudaBackend final : public Backend {
     cuda::log_softmax(stream_, x);
   }
 
+  void largest(Mat x, std::span<Candidate> to) override {
+    CHECK(x.rows == 1 && !to.empty() && static_cast<int64_t>(to.size()) <= x.cols);
+    if (!finds_largest(x.cols, static_cast<int64_t>(to.size()))) {
+      std::vector<float> row(static_cast<size_t>(x.cols));
+      read(x, row.data());
+      return Backend::largest(Mat(row.data(), 1, x.cols), to);
+    }
+    flush();
+    const auto entries = [](void* memory, int most) {
+      auto* const values = static_cast<float*>(memory);
+      return Entries{values, reinterpret_cast<int32_t*>(values + most)};
+    };
+    constexpr int kMost = kStretches * kMostLargest;
+    const Entries found = entries(found_.get<void>(), kMostLargest);
+    cuda::largest(stream_, x, static_cast<int>(to.size()), entries(stretches_.at_least(kMost * 8), kMost),
+                  found);
+    synchronize();
+    for (size_t i = 0; i < to.size(); ++i) to[i] = {found.value[i], found.id[i]};
+  }
+
  private:
   void flush() { row_.flush(); }
 
@@ -252,7 +272,8 @@ class CudaBackend final : public Backend {
   const Stream stream_;
   Matmul matmul_;
   OneRow row_;
-  Buffer tokens_, cosine_, sine_;
+  Buffer tokens_, cosine_, sine_, stretches_;
+  const HostMemory found_{kMostLargest * 8};
   Angles angles_;
   int64_t angles_pos_ = -1, angles_rows_ = 0, angles_half_ = 0;
   const float* inv_freq_ = nullptr;

@@ -141,6 +141,20 @@ void activate(const Stream& s, Mat z, const Activation& activation, Mat y);
 void mask(const Stream& s, Mat kept, bool inverted, Mat x, Mat y);
 void log_softmax(const Stream& s, Mat x);
 
+/// Entries of a row and their indices there.
+struct Entries {
+  float* value = nullptr;
+  int32_t* id = nullptr;
+};
+/// Stretches of a long row whose largest are found first: of 151,936 entries 4748 each, and of 256 wanted
+/// 8192 in all, so that neither launch has more than 16 entries a thread.
+inline constexpr int kStretches = 32, kMostLargest = 256;
+/// True when `largest` takes so many of so long a row.
+bool finds_largest(int64_t cols, int64_t count);
+/// The largest of x (1, cols), as Backend::largest. stretches: room for kStretches · count; to: device
+/// memory, or the host's where kernels write to it.
+void largest(const Stream& s, Mat x, int count, const Entries& stretches, const Entries& to);
+
 /// cosine and sine (rows, half) of float(pos + t) · inv_freq[i], as the models were trained with.
 struct Angles {
   float* cosine = nullptr;

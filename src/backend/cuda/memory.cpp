@@ -55,6 +55,14 @@ void* Buffer::at_least(int64_t bytes) {
   return data_;
 }
 
+HostMemory::HostMemory(int64_t bytes) {
+  check(cudaHostAlloc(&data_, static_cast<size_t>(bytes), cudaHostAllocMapped), "host memory");
+}
+
+HostMemory::~HostMemory() {
+  cudaFreeHost(data_);
+}
+
 double copy_bandwidth(cudaStream_t stream, int64_t bytes) {
   constexpr int kTimes = 7;
   bytes = std::max(bytes, int64_t{1} << 30);  // an H200 copies 512 MiB at 3.96 TB/s, 1 GiB at 4.23

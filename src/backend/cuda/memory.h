@@ -1,4 +1,4 @@
-// Device memory: plain allocations.
+// Device memory, and the host's that the device writes to: plain allocations.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -25,6 +25,23 @@ class Buffer {
  private:
   void* data_ = nullptr;
   int64_t size_ = 0;
+};
+
+/// Memory of the host that kernels write to: what is there once they have been waited for needs no copy.
+class HostMemory {
+ public:
+  explicit HostMemory(int64_t bytes);
+  ~HostMemory();
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
+
+  template <class T>
+  T* get() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  void* data_ = nullptr;
 };
 
 /// cudaMalloc; throws Error with what was asked for and what is free.
