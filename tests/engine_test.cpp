@@ -66,6 +66,27 @@ TEST_F(EngineTest, SeedsRepeatAndDiffer) {
   EXPECT_NE(draw(1), draw(2));
 }
 
+/// Whether somebody looks at all of them in between or not, and whichever way the draw takes its candidates.
+TEST_F(EngineTest, LogitsAreThoseAfterTheLastToken) {
+  Session looked(engine_, greedy()), plain(engine_, greedy());
+  looked.feed(prompt_), plain.feed(prompt_);
+  for (int n = 0; n < 8; ++n) {
+    const auto logits = looked.logits();
+    ASSERT_EQ(static_cast<int64_t>(logits.size()), engine_.vocab());
+    const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+    EXPECT_EQ(looked.logits().data(), logits.data());
+    EXPECT_EQ(looked.next(), best);
+    EXPECT_EQ(plain.next(), best);
+  }
+  const auto draw = [&](int top_k) {
+    SessionOptions options;
+    options.sampling.top_k = top_k;
+    options.sampling.repeat_penalty = 1.2f;
+    return Session(engine_, options).generate(prompt_, 24, {}, true).tokens;
+  };
+  EXPECT_EQ(draw(0), draw(static_cast<int>(engine_.vocab()) - 100));
+}
+
 TEST_F(EngineTest, StreamsWhatItReturns) {
   Session session(engine_, greedy());
   std::string streamed;

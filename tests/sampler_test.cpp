@@ -3,11 +3,16 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <set>
+#include <utility>
 
 #include "base/error.h"
+#include "largest.h"
 
 namespace larosa {
 namespace {
@@ -31,12 +36,32 @@ std::vector<float> logs(const std::vector<double>& probabilities) {
   return logits;
 }
 
+/// What the sampler wants of a row, out of order.
+std::vector<Candidate> candidates_of(const Sampler& sampler, std::vector<float> logits,
+                                     const std::vector<int32_t>& recent) {
+  static const auto backend = make_ref_backend();
+  std::vector<Candidate> candidates(sampler.wanted(logits.size(), recent));
+  backend->largest(Mat(logits.data(), 1, static_cast<int64_t>(logits.size())), candidates);
+  std::reverse(candidates.begin(), candidates.end());
+  return candidates;
+}
+int32_t next(Sampler& sampler, const std::vector<float>& logits, const std::vector<int32_t>& recent) {
+  std::vector<Candidate> candidates = candidates_of(sampler, logits, recent);
+  return sampler.next(candidates, recent);
+}
+/// The first token.
+int32_t first(const Sampling& sampling, const std::vector<float>& logits,
+              const std::vector<int32_t>& recent = {}) {
+  Sampler sampler(sampling);
+  return next(sampler, logits, recent);
+}
+
 /// Draws many tokens and compares their frequencies with `expected` (unnormalised), within 4 sigma.
 void expect_frequencies(const Sampling& sampling, const std::vector<float>& logits,
                         const std::vector<double>& expected, const std::vector<int32_t>& recent = {}) {
   Sampler sampler(sampling);
   std::vector<int> count(logits.size());
-  for (int n = 0; n < kDraws; ++n) ++count[static_cast<size_t>(sampler.next(logits, recent))];
+  for (int n = 0; n < kDraws; ++n) ++count[static_cast<size_t>(next(sampler, logits, recent))];
   double total = 0;
   for (double e : expected) total += e;
   for (size_t i = 0; i < expected.size(); ++i) {
@@ -48,9 +73,9 @@ void expect_frequencies(const Sampling& sampling, const std::vector<float>& logi
 TEST(Sampler, TemperatureZeroTakesTheLargestAndTheLowerOfEqualOnes) {
   Sampling s = plain();
   s.temperature = 0;
-  EXPECT_EQ(Sampler(s).next(std::vector<float>{1, 5, 2, 5}, {}), 1);
-  EXPECT_EQ(Sampler(s).next(std::vector<float>{-3, -2, -1}, {}), 2);
-  EXPECT_EQ(Sampler(s).next(std::vector<float>{7, 7, 7}, {}), 0);
+  EXPECT_EQ(first(s, {1, 5, 2, 5}), 1);
+  EXPECT_EQ(first(s, {-3, -2, -1}), 2);
+  EXPECT_EQ(first(s, {7, 7, 7}), 0);
 }
 
 TEST(Sampler, DrawsByProbability) {
@@ -102,15 +127,15 @@ TEST(Sampler, RepeatPenalty) {
   s.temperature = 0;
   s.repeat_penalty = 2;
   const std::vector<float> logits = {4, 3, 1.5f, -1};
-  EXPECT_EQ(Sampler(s).next(logits, {}), 0);
-  EXPECT_EQ(Sampler(s).next(logits, std::vector<int32_t>{0}), 1);  // 4 → 2
-  EXPECT_EQ(Sampler(s).next(logits, std::vector<int32_t>{0, 0, 1}),
-            0);  // once, however often it stands there
-  EXPECT_EQ(Sampler(s).next(std::vector<float>{-1, -1.5f}, std::vector<int32_t>{0}), 1);  // −1 → −2
+  EXPECT_EQ(first(s, logits), 0);
+  EXPECT_EQ(first(s, logits, {0}), 1);  // 4 → 2
+  EXPECT_EQ(first(s, logits, {0, 0, 1}),
+            0);                              // once, however often it stands there
+  EXPECT_EQ(first(s, {-1, -1.5f}, {0}), 1);  // −1 → −2
   s.repeat_last_n = 2;
-  EXPECT_EQ(Sampler(s).next(logits, std::vector<int32_t>{0, 3, 3}), 0);  // too long ago
+  EXPECT_EQ(first(s, logits, {0, 3, 3}), 0);  // too long ago
   s.repeat_last_n = 0;
-  EXPECT_EQ(Sampler(s).next(logits, std::vector<int32_t>{0}), 0);
+  EXPECT_EQ(first(s, logits, {0}), 0);
   s = plain();
   s.repeat_penalty = 2;
   expect_frequencies(s, {2, 1}, {std::exp(1.0), std::exp(1.0)}, {0});
@@ -123,7 +148,7 @@ TEST(Sampler, EqualSeedsGiveEqualTokens) {
     s.seed = seed;
     Sampler sampler(s);
     std::vector<int32_t> tokens;
-    for (int n = 0; n < 20; ++n) tokens.push_back(sampler.next(logits, tokens));
+    for (int n = 0; n < 20; ++n) tokens.push_back(next(sampler, logits, tokens));
     return tokens;
   };
   EXPECT_EQ(draw(1), draw(1));
@@ -137,11 +162,11 @@ TEST(Sampler, NanAndInfinityAreSafe) {
     for (const float penalty : {1.0f, 100.0f}) {
       s.repeat_penalty = penalty;
       const std::vector<int32_t> recent = {1};
-      EXPECT_EQ(Sampler(s).next(std::vector<float>{kNan, 1, kNan, -5000}, recent), 1);
-      EXPECT_EQ(Sampler(s).next(std::vector<float>{-kInf, 1, kInf, 1}, recent), 2);
-      EXPECT_EQ(Sampler(s).next(std::vector<float>{-kInf, -kInf, -kInf, 0}, recent), 3);
+      EXPECT_EQ(first(s, {kNan, 1, kNan, -5000}, recent), 1);
+      EXPECT_EQ(first(s, {-kInf, 1, kInf, 1}, recent), 2);
+      EXPECT_EQ(first(s, {-kInf, -kInf, -kInf, 0}, recent), 3);
       for (const float all : {kNan, kInf, -kInf}) {
-        const int32_t id = Sampler(s).next(std::vector<float>(50, all), recent);
+        const int32_t id = first(s, std::vector<float>(50, all), recent);
         EXPECT_TRUE(id >= 0 && id < 50);
       }
     }
@@ -149,7 +174,116 @@ TEST(Sampler, NanAndInfinityAreSafe) {
   std::vector<float> many(4000);
   for (size_t i = 0; i < many.size(); ++i) many[i] = i % 3 == 0 ? kNan : static_cast<float>(i % 7);
   Sampler sampler(plain());
-  for (int n = 0; n < 200; ++n) EXPECT_NE(sampler.next(many, {}) % 3, 0);
+  for (int n = 0; n < 200; ++n) EXPECT_NE(next(sampler, many, {}) % 3, 0);
+}
+
+/// The sampler as it was when it was given all logits, in one piece.
+struct PlainSampler {
+  explicit PlainSampler(const Sampling& sampling) : s(sampling), state(sampling.seed) {}
+
+  double uniform() {
+    uint64_t z = (state += 0x9e3779b97f4a7c15ull);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
+  }
+
+  int32_t next(const std::vector<float>& logits, const std::vector<int32_t>& recent) {
+    std::vector<std::pair<float, int32_t>> all;
+    for (size_t i = 0; i < logits.size(); ++i) all.emplace_back(logits[i], static_cast<int32_t>(i));
+    if (s.repeat_penalty != 1.0f) {
+      const size_t last = std::min(recent.size(), static_cast<size_t>(s.repeat_last_n));
+      for (int32_t id : std::set<int32_t>(recent.end() - static_cast<std::ptrdiff_t>(last), recent.end())) {
+        float& logit = all[static_cast<size_t>(id)].first;
+        logit = logit > 0 ? logit / s.repeat_penalty : logit * s.repeat_penalty;
+      }
+    }
+    constexpr float kEnd = std::numeric_limits<float>::max();
+    for (auto& [logit, id] : all) logit = std::isnan(logit) ? -kEnd : std::clamp(logit, -kEnd, kEnd);
+    std::sort(all.begin(), all.end(), [](const auto& a, const auto& b) {
+      return a.first != b.first ? a.first > b.first : a.second < b.second;
+    });
+    if (s.temperature == 0) return all[0].second;
+    if (s.top_k > 0) all.resize(std::min(all.size(), static_cast<size_t>(s.top_k)));
+    const auto weight = [&](size_t i, double temperature) {
+      return std::exp((double{all[i].first} - double{all[0].first}) / temperature);
+    };
+    double total = 0, sum = 0;
+    for (size_t i = 0; i < all.size(); ++i) total += weight(i, 1);
+    size_t kept = 0;
+    while (kept < all.size() &&
+           (kept == 0 || (sum < double{s.top_p} * total && weight(kept, 1) >= double{s.min_p})))
+      sum += weight(kept++, 1);
+    total = 0;
+    for (size_t i = 0; i < kept; ++i) total += weight(i, double{s.temperature});
+    double place = uniform() * total;
+    for (size_t i = 0; i < kept; ++i) {
+      if ((place -= weight(i, double{s.temperature})) < 0) return all[i].second;
+    }
+    return all[kept - 1].second;
+  }
+
+  Sampling s;
+  uint64_t state;
+};
+
+/// A few of the logits are enough: the token is the one that all of them give.
+TEST(Sampler, TheLargestLogitsGiveTheTokenOfAll) {
+  cases::Random random(6);
+  const auto any = [&](const auto& of) { return of[static_cast<size_t>(random.below(std::ssize(of)))]; };
+  const float temperatures[] = {0, 0, 0.3f, 0.8f, 1, 20}, top_ps[] = {0.3f, 0.95f, 1},
+              min_ps[] = {0, 0, 0.05f, 1}, penalties[] = {0.5f, 0.99f, 1, 1.05f, 1.3f, 2, 100};
+  const int top_ks[] = {0, 1, 2, 5, 40, 400}, last_ns[] = {0, 1, 3, 64};
+  int64_t fewer = 0, changed = 0;
+  for (int round = 0; round < 700; ++round) {
+    const int64_t n = std::array{1, 2, 7, 60, 300}[static_cast<size_t>(round % 5)];
+    const cases::Rows rows = cases::rows_of_logits(n, random);
+    for (int64_t t = 0; t < rows.mat.rows; ++t) {
+      const std::vector<float> logits(rows.mat.row(t), rows.mat.row(t) + n);
+      Sampling s;
+      s.temperature = any(temperatures), s.top_p = any(top_ps), s.min_p = any(min_ps), s.top_k = any(top_ks);
+      s.repeat_penalty = any(penalties), s.repeat_last_n = any(last_ns);
+      s.seed = static_cast<uint64_t>(random.below(1000));
+      // Recent tokens are likely ones, as they are in a text.
+      const std::vector<Candidate> order = cases::sorted_entries(logits.data(), n);
+      std::vector<int32_t> recent;
+      for (int64_t i = random.below(20); i > 0; --i)
+        recent.push_back(order[static_cast<size_t>(random.below(random.below(n) + 1))].id);
+      Sampler sampler(s);
+      PlainSampler plain_sampler(s);
+      for (int draw = 0; draw < 3; ++draw) {
+        SCOPED_TRACE("round " + std::to_string(round) + " row " + std::to_string(t));
+        const int32_t id = plain_sampler.next(logits, recent);
+        ASSERT_EQ(next(sampler, logits, recent), id);
+        fewer += sampler.wanted(logits.size(), recent) < logits.size();
+        changed += s.temperature == 0 && id != order[0].id;
+        recent.push_back(id);
+      }
+    }
+  }
+  EXPECT_GT(fewer, 5000);   // fewer logits than there are
+  EXPECT_GT(changed, 300);  // the penalty decided
+}
+
+TEST(Sampler, WantsWhatTopKAndThePenaltyNeed) {
+  Sampling s;  // the 40 most likely, no penalty
+  const std::vector<int32_t> recent = {3, 4, 3, 5};
+  const auto wanted = [&](size_t vocab) { return Sampler(s).wanted(vocab, recent); };
+  EXPECT_EQ(wanted(1000), 40u);
+  EXPECT_EQ(wanted(30), 30u);
+  s.repeat_penalty = 1.1f;
+  EXPECT_EQ(wanted(1000), 44u);
+  EXPECT_EQ(wanted(42), 42u);
+  s.repeat_last_n = 2;
+  EXPECT_EQ(wanted(1000), 42u);
+  s.temperature = 0;
+  EXPECT_EQ(wanted(1000), 3u);
+  s.repeat_penalty = 0.9f;
+  EXPECT_EQ(wanted(1000), 1000u);  // a logit that rises may come from anywhere
+  s.repeat_last_n = 0;
+  EXPECT_EQ(wanted(1000), 1u);
+  s = plain();
+  EXPECT_EQ(wanted(1000), 1000u);
 }
 
 TEST(Sampler, ValidateNamesTheFlag) {

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
-#include <set>
 
 #include "base/error.h"
 
@@ -32,37 +30,50 @@ double Sampler::uniform() {
   return static_cast<double>((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-int32_t Sampler::next(std::span<const float> logits, std::span<const int32_t> recent) {
-  CHECK(!logits.empty());
-  candidates_.clear();
-  for (size_t i = 0; i < logits.size(); ++i) candidates_.push_back({logits[i], static_cast<int32_t>(i)});
-  if (sampling_.repeat_penalty != 1.0f) {
-    const size_t last = std::min(recent.size(), static_cast<size_t>(sampling_.repeat_last_n));
-    for (int32_t id : std::set<int32_t>(recent.end() - static_cast<std::ptrdiff_t>(last), recent.end())) {
-      float& logit = candidates_[static_cast<size_t>(id)].logit;
-      logit = logit > 0 ? logit / sampling_.repeat_penalty : logit * sampling_.repeat_penalty;
-    }
+/// How many of `count` candidates, the first ones, may be drawn.
+size_t Sampler::drawn_from(size_t count) const {
+  if (sampling_.temperature == 0) return std::min<size_t>(count, 1);
+  return sampling_.top_k > 0 ? std::min(count, static_cast<size_t>(sampling_.top_k)) : count;
+}
+
+/// The tokens whose logits the repeat penalty changes, some of them repeatedly.
+std::span<const int32_t> Sampler::penalised(std::span<const int32_t> recent) const {
+  if (sampling_.repeat_penalty == 1.0f) return {};
+  return recent.last(std::min(recent.size(), static_cast<size_t>(sampling_.repeat_last_n)));
+}
+
+size_t Sampler::wanted(size_t vocab, std::span<const int32_t> recent) const {
+  const size_t changed = penalised(recent).size();
+  if (changed > 0 && sampling_.repeat_penalty < 1) return vocab;  // any of these may rise to the top
+  // What is penalised only falls: at worst all of it was among the largest, and as many others take its
+  // place.
+  return std::min(vocab, drawn_from(vocab) + changed);
+}
+
+int32_t Sampler::next(std::span<Candidate> candidates, std::span<const int32_t> recent) {
+  CHECK(!candidates.empty());
+  std::vector<bool> changed;  // by token
+  for (const int32_t id : penalised(recent)) {
+    const auto token = static_cast<size_t>(id);
+    if (token >= changed.size()) changed.resize(token + 1);
+    changed[token] = true;
   }
-  // NaN counts as the least likely, infinities as the ends of the range: the order and the differences below
-  // are then defined whatever a broken model says.
-  constexpr float kEnd = std::numeric_limits<float>::max();
-  for (Candidate& c : candidates_) c.logit = std::isnan(c.logit) ? -kEnd : std::clamp(c.logit, -kEnd, kEnd);
-  // Ties go to the lower id, so that the order of candidates is the same everywhere.
-  const auto before = [](const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-  };
-  if (sampling_.temperature == 0) return std::min_element(candidates_.begin(), candidates_.end(), before)->id;
-  size_t count = candidates_.size();
-  if (sampling_.top_k > 0) count = std::min(count, static_cast<size_t>(sampling_.top_k));
-  std::partial_sort(candidates_.begin(), candidates_.begin() + static_cast<std::ptrdiff_t>(count),
-                    candidates_.end(), before);
+  for (Candidate& c : candidates) {
+    if (const auto token = static_cast<size_t>(c.id); token < changed.size() && changed[token])
+      c.logit = c.logit > 0 ? c.logit / sampling_.repeat_penalty : c.logit * sampling_.repeat_penalty;
+    c.logit = c.finite();
+  }
+  size_t count = drawn_from(candidates.size());
+  std::ranges::partial_sort(candidates, candidates.begin() + static_cast<std::ptrdiff_t>(count),
+                            &Candidate::before);
+  if (sampling_.temperature == 0) return candidates[0].id;
 
   const auto weights = [&](double temperature) {
     probabilities_.resize(count);
     double total = 0;
     for (size_t i = 0; i < count; ++i) {
       total += probabilities_[i] =
-          std::exp((static_cast<double>(candidates_[i].logit) - static_cast<double>(candidates_[0].logit)) /
+          std::exp((static_cast<double>(candidates[i].logit) - static_cast<double>(candidates[0].logit)) /
                    temperature);
     }
     return total;
@@ -77,9 +88,9 @@ int32_t Sampler::next(std::span<const float> logits, std::span<const int32_t> re
   total = weights(static_cast<double>(sampling_.temperature));
   double place = uniform() * total;
   for (size_t i = 0; i < count; ++i) {
-    if ((place -= probabilities_[i]) < 0) return candidates_[i].id;
+    if ((place -= probabilities_[i]) < 0) return candidates[i].id;
   }
-  return candidates_[count - 1].id;
+  return candidates[count - 1].id;
 }
 
 }  // namespace larosa

@@ -15,8 +15,7 @@ struct Session::Data {
         decoder(from.model.config, *from.backend),
         sampler(o.sampling),
         hidden(floats(*from.backend, Decoder::kBatch * from.model.config.dim)),
-        scores(floats(*from.backend, from.model.config.vocab)),
-        logits(static_cast<size_t>(from.model.config.vocab)) {
+        scores(floats(*from.backend, from.model.config.vocab)) {
     const ModelConfig& c = from.model.config;
     context = o.context == 0 ? c.context : o.context;
     if (context < 1 || context > c.context)
@@ -30,6 +29,7 @@ struct Session::Data {
   Mat hidden_rows(int64_t rows) const {
     return Mat(static_cast<float*>(hidden.get()), rows, engine.model.config.dim);
   }
+  Mat scores_row() const { return Mat(static_cast<float*>(scores.get()), 1, engine.model.config.vocab); }
 
   bool cancelled() const { return options.cancelled && options.cancelled(); }
 
@@ -49,11 +49,35 @@ struct Session::Data {
       decoder.forward(model, part, *cache, static_cast<int64_t>(evaluated), Pass{dense, nullptr}, h);
       evaluated += part.size();
     }
-    if (rows > 0) {
-      const Mat row(static_cast<float*>(scores.get()), 1, model.config.vocab);
-      decoder.logits(model, hidden_rows(rows).slice(rows - 1, 1), row);
-      engine.backend->read(row, logits.data());
+    if (rows > 0) decoder.logits(model, hidden_rows(rows).slice(rows - 1, 1), scores_row());
+  }
+  /// Then the scores are those after the last token.
+  void finish() {
+    if (tokens.empty()) fail("the prompt is empty");
+    evaluate();
+    if (evaluated < tokens.size()) fail("cancelled");
+  }
+
+  /// All scores, on the host.
+  std::span<const float> read_logits() {
+    if (logits_after != evaluated) {
+      logits.resize(static_cast<size_t>(engine.model.config.vocab));
+      engine.backend->read(scores_row(), logits.data());
+      logits_after = evaluated;
     }
+    return logits;
+  }
+
+  int32_t draw() {
+    const auto vocab = static_cast<size_t>(engine.model.config.vocab);
+    candidates.resize(sampler.wanted(vocab, tokens));
+    if (candidates.size() < vocab) {
+      engine.backend->largest(scores_row(), candidates);
+    } else {  // whose order the sampler makes
+      const auto all = read_logits();
+      for (size_t i = 0; i < vocab; ++i) candidates[i] = {all[i], static_cast<int32_t>(i)};
+    }
+    return sampler.next(candidates, tokens);
   }
 
   const Engine::Data& engine;
@@ -66,7 +90,9 @@ struct Session::Data {
   size_t evaluated = 0;                  // of tokens
   size_t prompt_end = 0;                 // tokens before it and not evaluated are a prompt's
   std::shared_ptr<void> hidden, scores;  // backend memory
-  std::vector<float> logits;             // the scores, for the host
+  std::vector<Candidate> candidates;
+  std::vector<float> logits;  // the scores once they have been asked for,
+  size_t logits_after = 0;    // after so many tokens
 };
 
 namespace {
@@ -99,16 +125,14 @@ void Session::feed(std::span<const int32_t> tokens) {
 }
 
 std::span<const float> Session::logits() {
-  if (data_->tokens.empty()) fail("the prompt is empty");
-  data_->evaluate();
-  if (data_->evaluated < data_->tokens.size()) fail("cancelled");
-  return data_->logits;
+  data_->finish();
+  return data_->read_logits();
 }
 
 int32_t Session::next() {
-  const auto scores = logits();
+  data_->finish();
   if (room() == 0) fail("the context of ", data_->context, " tokens is full");
-  const int32_t id = data_->sampler.next(scores, data_->tokens);
+  const int32_t id = data_->draw();
   data_->tokens.push_back(id);
   return id;
 }
@@ -126,6 +150,7 @@ Generated Session::generate(std::span<const int32_t> prompt, int64_t count,
   };
   auto start = std::chrono::steady_clock::now();
   feed(prompt);
+  data_->engine.backend->synchronize();  // what was fed has been computed, too
   result.prompt_tokens = static_cast<int64_t>(prompt.size());
   result.prompt_seconds = seconds_since(start);
   start = std::chrono::steady_clock::now();
