@@ -44,10 +44,11 @@ class ProductCase {
     return y;
   }
 
-  /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for one row of quantised channels
-  /// half a step of every multiplier besides: these have 15 bits of the largest one among a block of 64
-  /// channels (levels-inl.h).
-  std::vector<Rows> tolerances(double bound) const {
+  /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for quantised channels besides, on
+  /// the cpu half a step of every multiplier, which have 15 bits of the largest one among a block of 64
+  /// channels (levels-inl.h), with cuda the same of Σ|x·scale| times what int4 levels are raised by, in the
+  /// sum and in what is taken off (Nibbles::kRaised).
+  std::vector<Rows> tolerances(double bound, bool cuda = false) const {
     std::vector<Rows> all;
     for (size_t p = 0; p < weights.size(); ++p) {
       const Weight& w = weights[p].weight;
@@ -62,8 +63,10 @@ class ProductCase {
             const int64_t at = rows ? j * w.in + i : i * w.out + j;
             sum += std::fabs(double{x.at(t, i)} * values[static_cast<size_t>(at)]);
           }
-          all[p].mat.row(t)[j] =
-              static_cast<float>(bound * sum + (quantised(w.dtype) && !rows ? half_steps(w, t, j) : 0));
+          double levels = 0;
+          if (quantised(w.dtype) && !rows && !cuda) levels = half_steps(w, t, j);
+          if (w.dtype == DType::int4 && !rows && cuda) levels = bound * 2 * 136 * scaled(w, t, j);
+          all[p].mat.row(t)[j] = static_cast<float>(bound * sum + levels);
         }
       }
     }
@@ -71,6 +74,13 @@ class ProductCase {
   }
 
  private:
+  /// Σ|x·scale|
+  double scaled(const Weight& w, int64_t t, int64_t j) const {
+    double sum = 0;
+    for (int64_t i = 0; i < w.in; ++i)
+      sum += std::fabs(double{x.at(t, i)} * read_scale(w.line(i), w.dtype, w.out, j));
+    return sum;
+  }
   double half_steps(const Weight& w, int64_t t, int64_t j) const {
     constexpr int64_t kBlock = 64;
     double off = 0;

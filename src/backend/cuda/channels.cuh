@@ -61,7 +61,7 @@ __device__ void add_half(const Channels& channels, int e, int step,
   }
 }
 /// A half is on its way while the one before is added. When all were loaded, then all added, the threads of a
-/// block did the one and the other together (8 layers of 7B at 50 %, int8: 1656 → 1742 tokens/s, int4 1749 →
+/// block did the one and the other together (8 layers of 7B at 50 %, int8: 1649 → 1742 tokens/s, int4 1749 →
 /// 1885, bf16 1301 → 1308).
 template <class Type, bool kAll>
 __device__ void add_channels(const Channels& channels, const Share& share, const Vector& vector,
@@ -112,7 +112,7 @@ __device__ __noinline__ void add_vectors(Channels channels, int rank, Share shar
   } else {
     add_channels<Type, false>(channels, share, vector, sum);
   }
-  Type::settle(sum);
+  if constexpr (Type::kSums > Type::kLane) Type::settle(sum);
   __syncthreads();  // the row has been read
   constexpr int kPitch = sums_pitch(Type::kLane);
   const bool counts = share.counts();

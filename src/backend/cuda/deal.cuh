@@ -18,10 +18,11 @@ struct Deal {
   __host__ __device__ int widest() const { return (least + (larger > 0)) * granule; }
 };
 
-/// The outputs of a tile stand side by side: of a run of the parts, or the same outputs of two parts.
+/// The columns of a tile, which are outputs in the order of vectors (gemv_types.cuh), stand side by side: of
+/// a run of the parts, or the same of two parts.
 struct Tile {
-  int first;    // output
-  int half;     // outputs of a run, or of each of the two
+  int first;    // column
+  int half;     // columns of a run, or of each of the two
   int columns;  // in all
 };
 __device__ inline Tile tile_at(const Deal& d, int t, bool paired) {

@@ -184,8 +184,8 @@ __device__ Work work_at(const Args& a, bool product, int group, int t, int round
     w.column = place.column;
     // Two places in turn: a block may be in the next tile while another still reads of this one. Not in the
     // one behind: it has received sums of all four since, for a quarter of a tile of several rounds (256
-    // columns, 128 of a pair; int4 twice as many) is longer than what padding leaves out (127, of int4
-    // alone).
+    // columns of f32, 512 of the others, half of it of a pair) is longer than what padding leaves out (127 of
+    // quantised lines, whose blocks of 128 columns all begin with a real output).
     w.pitch = w.tile.columns;
     w.sent = a.sent + (group * 2 + round % 2) * kGroup * widest_tile(a);
   } else {

@@ -84,6 +84,17 @@ __device__ float dot_vector(Nibbles, const Nibbles::Loaded& v, const float (&x)[
   return total;
 }
 
+/// A vector of a line that a warp reads from end to end, with more of it to the second-level cache: its
+/// scales are those of vectors that come next, so they stay in the first.
+__device__ void load_whole(const char* at, int, uint4& v) {
+  v = load_stream(at);
+}
+template <class Loaded>
+__device__ void load_whole(const char* at, int extra, Loaded& v) {
+  v.q = load_stream(at);
+  v.scale = __ldg(reinterpret_cast<const decltype(v.scale)*>(at + extra));
+}
+
 /// Scales of groups behind the last value, whatever a file has there, count for nothing. groups: from the
 /// vector's block of 128 on.
 template <class Loaded>
@@ -166,7 +177,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const __grid_constant__ 
           const int at = v + u * kWarp;
           loaded[u][r] = {};
           if (at < a.vectors && first + r < count)
-            loaded[u][r] = Type::load(a.weight + output[r] * a.line + at * 16, Type::extra(at, a.padded));
+            load_whole(a.weight + output[r] * a.line + at * 16, Type::extra(at, a.padded), loaded[u][r]);
           drop_scales(loaded[u][r], (a.in.cols + 31) / 32 - at / 4 * 4);
         }
       }

@@ -14,8 +14,8 @@ enum class Format { f32, f16, bf16, int8, int4, loose_f32, loose_f16, loose_bf16
 /// A vector of a channel is read at its address and `extra`: how far its scales are, where it has some.
 /// Vector v has kLane outputs, which are side by side but for int4's (Nibbles::output). A thread has kHalf
 /// channels on their way while it adds kHalf others (channels.cuh): more were slower (8 layers of 7B dense,
-/// int8: 3 make 1451 tokens/s, 4 1400; int4: 2 make 1694, 3 1613, 6 1230).
-/// kSums: a thread's sums, the outputs' first; what the others are for, `settle` does at the end.
+/// int8: 3 make 1451 tokens/s, 4 1400; int4: 2 make 1694, 3 1613).
+/// kSums: a thread's sums, the outputs' first; where there are others, `settle` says what for.
 template <class T>
 struct Plain {
   static constexpr int kLane = 16 / sizeof(T), kSums = kLane, kHalf = 3;
@@ -23,7 +23,6 @@ struct Plain {
 
   __device__ static int extra(int, int) { return 0; }
   __device__ static Loaded load(const char* at, int) { return load_stream(at); }
-  __device__ static void settle(float (&)[kSums]) {}
   __device__ static void add(const Loaded& v, float x, float (&sum)[kSums]) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
@@ -75,7 +74,6 @@ struct Bytes {
       for (int b = 0; b < 4; ++b) sum[4 * w + b] = fmaf(xs, level(words[w], b), sum[4 * w + b]);
     }
   }
-  __device__ static void settle(float (&)[kSums]) {}
 };
 
 /// int4 lines: per 128 outputs 16 words, nibble k of word w is output 16k + w; then one f16 scale per 32
@@ -94,7 +92,7 @@ struct Nibbles {
   /// Nibble k of a word, which is 8 above its level, and 128: as float32 bits 128 + n is 0x43000000 +
   /// (n << 16), so that one instruction makes it of its byte. Sums take kRaised off once at the end (the sum
   /// of x · scale is a sum of its own), which costs them some 5 of 24 bits: 8 layers of 7B 1522 → 1599
-  /// tokens/s dense, 1687 → 1735 at 50 %.
+  /// tokens/s dense, 1687 → 1737 at 50 %.
   static constexpr float kRaised = 136;
   __device__ static float raised(uint32_t word, int k) {
     const uint32_t nibbles = (k % 2 ? word >> 4 : word) & 0x0f0f0f0fu;
@@ -157,7 +155,6 @@ struct Unaligned {
 #pragma unroll
     for (int i = 0; i < kLane; ++i) sum[i] = fmaf(x, widen(v.element[i]), sum[i]);
   }
-  __device__ static void settle(float (&)[kSums]) {}
 };
 
 /// Outputs of a vector are two to this power.
@@ -176,6 +173,9 @@ static_assert(lane_of(Format::int4) == Nibbles::kLane && lane_of(Format::int8) =
 __host__ __device__ constexpr int granule_of(Format f) {
   return f < Format::int4 ? 2 * lane_of(f) : lane_of(f);
 }
+static_assert(4 * granule_of(Format::f32) == 32 && 2 * granule_of(Format::f16) == 32 &&
+              2 * granule_of(Format::bf16) == 32 && granule_of(Format::int8) == 32 &&
+              granule_of(Format::int4) == 32);  // half a byte each
 /// The output of a weight's column c: columns are its vectors' outputs, one vector after the other.
 __device__ inline int output_of(Format f, int c) {
   return f == Format::int4 ? Nibbles::output(c) : c;

@@ -47,9 +47,9 @@ class SharedCounters {
   uint32_t at_;
 };
 
-/// What is read once is the first to leave the second-level cache, where code and rows stay. No branch and no
-/// predicate around these loads: the compiler would wait for each.
-__device__ inline uint64_t read_once() {
+/// What is read once is the first to leave the second-level cache, where code and rows stay. In gemv no
+/// branch and no predicate around these loads: the compiler would wait for each.
+__device__ inline uint64_t evict_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
@@ -59,24 +59,24 @@ __device__ inline uint4 load_stream(const void* p) {
   uint4 v;
   asm("ld.global.nc.L1::no_allocate.L2::cache_hint.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p), "l"(read_once()));
+      : "l"(p), "l"(evict_first()));
   return v;
 }
-/// Without the rest: 16, 8 or 2 bytes. Quantised lines of 7B's products are cut up into pieces of 62 to 372
-/// bytes, which other blocks read at other times (int8 dense 1390 tokens/s with it, 1407 without; bf16 946
-/// and 938).
+/// Without the rest: 16, 8 or 2 bytes. Quantised channels of 7B's products are cut up into pieces of 62 to
+/// 372 bytes, which other blocks read at other times (int8 dense 1390 tokens/s with it, 1407 without; bf16
+/// 946 and 938).
 __device__ inline void load_once(const void* p, uint4& v) {
   asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
       : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-      : "l"(p), "l"(read_once()));
+      : "l"(p), "l"(evict_first()));
 }
 __device__ inline void load_once(const void* p, uint2& v) {
   asm("ld.global.nc.L1::no_allocate.L2::cache_hint.v2.u32 {%0,%1}, [%2], %3;"
       : "=r"(v.x), "=r"(v.y)
-      : "l"(p), "l"(read_once()));
+      : "l"(p), "l"(evict_first()));
 }
 __device__ inline void load_once(const void* p, uint16_t& v) {
-  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.u16 %0, [%1], %2;" : "=h"(v) : "l"(p), "l"(read_once()));
+  asm("ld.global.nc.L1::no_allocate.L2::cache_hint.u16 %0, [%1], %2;" : "=h"(v) : "l"(p), "l"(evict_first()));
 }
 
 /// Starts a copy of 16 or 4 bytes to shared memory, both aligned to them.
