@@ -316,10 +316,9 @@ void print_topk(const Flags& f, Backend& backend) {
 void print_largest(const Flags& f, Backend& backend) {
   constexpr int64_t kTimes = 256, kLongest = 151936;
   std::printf(
-      "\n## The largest entries of a row\n\nCall after call through the door, with the host's wait; \"row\": "
-      "all "
-      "of it read, and those found on the host.\n\n| entries | largest | us | us, row "
-      "|\n|--:|--:|--:|--:|\n");
+      "\n## The largest entries of a row\n\nCall after call through the door, with the host's wait; "
+      "\"row\": all of it read, and those found on the host.\n\n"
+      "| entries | largest | us | us, row |\n|--:|--:|--:|--:|\n");
   const Inputs inputs(backend, kLongest);
   const std::unique_ptr<Backend> host = make_ref_backend();
   std::vector<float> row(kLongest);

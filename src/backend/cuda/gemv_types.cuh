@@ -44,6 +44,15 @@ struct Plain {
   }
 };
 
+/// Levels and, further on, their scales.
+template <class Loaded>
+__device__ Loaded load_levels(const char* at, int extra) {
+  Loaded v;
+  load_once(at, v.q);
+  load_once(at + extra, v.scale);
+  return v;
+}
+
 /// int8 lines: P bytes, then one f16 scale per 128 outputs.
 struct Bytes {
   static constexpr int kLane = 16, kSums = kLane, kHalf = 3;
@@ -59,12 +68,7 @@ struct Bytes {
     return __uint_as_float(__byte_perm(offset, 0x4b000000u, 0x7540 + b)) - (8388608.0f + 128);
   }
   __device__ static float scale(const Loaded& v) { return __half2float(__ushort_as_half(v.scale)); }
-  __device__ static Loaded load(const char* at, int extra) {
-    Loaded v;
-    load_once(at, v.q);
-    load_once(at + extra, v.scale);
-    return v;
-  }
+  __device__ static Loaded load(const char* at, int extra) { return load_levels<Loaded>(at, extra); }
   __device__ static void add(const Loaded& v, float x, float (&sum)[kSums]) {
     const float xs = __fmul_rn(x, scale(v));
     const uint32_t words[4] = {v.q.x, v.q.y, v.q.z, v.q.w};
@@ -103,12 +107,7 @@ struct Nibbles {
     const float2 high = __half22float2(*reinterpret_cast<const __half2*>(&v.scale.y));
     return {{low.x, low.y, high.x, high.y}};
   }
-  __device__ static Loaded load(const char* at, int extra) {
-    Loaded v;
-    load_once(at, v.q);
-    load_once(at + extra, v.scale);
-    return v;
-  }
+  __device__ static Loaded load(const char* at, int extra) { return load_levels<Loaded>(at, extra); }
   __device__ static void add(const Loaded& v, float x, float (&sum)[kSums]) {
     Scales xs = scales(v);
 #pragma unroll
