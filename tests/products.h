@@ -46,8 +46,9 @@ class ProductCase {
 
   /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for quantised channels besides, on
   /// the cpu half a step of every multiplier, which have 15 bits of the largest one among a block of 64
-  /// channels (levels-inl.h), with cuda the same of Σ|x·scale| times what int4 levels are raised by, in the
-  /// sum and in what is taken off (Nibbles::kRaised).
+  /// channels (levels-inl.h). With cuda nothing besides for int8, and for int4 `bound` of Σ|x·scale| times
+  /// what levels are raised by, in the sum and in what is taken off (Nibbles::kRaised), but no more than on
+  /// the cpu.
   std::vector<Rows> tolerances(double bound, bool cuda = false) const {
     std::vector<Rows> all;
     for (size_t p = 0; p < weights.size(); ++p) {
@@ -65,7 +66,8 @@ class ProductCase {
           }
           double levels = 0;
           if (quantised(w.dtype) && !rows && !cuda) levels = half_steps(w, t, j);
-          if (w.dtype == DType::int4 && !rows && cuda) levels = bound * 2 * 136 * scaled(w, t, j);
+          if (w.dtype == DType::int4 && !rows && cuda)
+            levels = std::min(bound * 2 * 136 * scaled(w, t, j), half_steps(w, t, j));
           all[p].mat.row(t)[j] = static_cast<float>(bound * sum + levels);
         }
       }

@@ -72,10 +72,13 @@ struct Candidate {
     constexpr float kEnd = std::numeric_limits<float>::max();
     return logit > -kEnd ? std::min(logit, kEnd) : -kEnd;
   }
-  /// The larger one is first, among equals the lower id: the order is the same everywhere.
+  /// Of two that are finite: the larger one is first, among equals the lower id, the same everywhere.
+  bool above(const Candidate& other) const {
+    return logit != other.logit ? logit > other.logit : id < other.id;
+  }
+  /// Of any two, by what they count as.
   bool before(const Candidate& other) const {
-    const float a = finite(), b = other.finite();
-    return a != b ? a > b : id < other.id;
+    return Candidate{finite(), id}.above({other.finite(), other.id});
   }
 };
 

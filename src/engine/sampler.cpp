@@ -64,12 +64,9 @@ int32_t Sampler::next(std::span<Candidate> candidates, std::span<const int32_t> 
     c.logit = c.finite();
   }
   size_t count = drawn_from(candidates.size());
-  // Candidate::before of what is finite: asked anew in every comparison, all of 151,936 logits took a seventh
-  // longer.
-  const auto before = [](const Candidate& a, const Candidate& b) {
-    return a.logit != b.logit ? a.logit > b.logit : a.id < b.id;
-  };
-  std::ranges::partial_sort(candidates, candidates.begin() + static_cast<std::ptrdiff_t>(count), before);
+  // They are finite: asked in every comparison, all of 151,936 logits took a seventh longer.
+  std::ranges::partial_sort(candidates, candidates.begin() + static_cast<std::ptrdiff_t>(count),
+                            &Candidate::above);
   if (sampling_.temperature == 0) return candidates[0].id;
 
   const auto weights = [&](double temperature) {

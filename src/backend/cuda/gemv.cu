@@ -270,8 +270,9 @@ int64_t skip_shared_bytes(const Weight& skip) {
   return std::max<int64_t>(sums_bytes(format_of(skip)), list_bytes(static_cast<int>(skip.in)));
 }
 
-/// Bytes of a weight that a row reads, as far as the host knows, as bytes of 16-bit elements: a block reads
-/// 31 KB of these in a microsecond, 24 of quantised ones.
+/// Bytes of a weight that a row reads, as far as the host knows, as bytes of 16-bit elements: a block read 31
+/// KB of these in a microsecond, 24 of quantised ones, before loads came in halves. Since then 1.1 and 1.5
+/// are no better (docs/cuda.md).
 double bytes_read(const Weight& w, const Input& in) {
   const double kept = in.select == Selects::topk        ? in.keep
                       : in.select == Selects::threshold ? 0.5 * in.cols

@@ -33,16 +33,17 @@ void launch_kernel(const Stream& s, void (*kernel)(Params...), dim3 blocks, dim3
   // which loads on their way need: with 132 of 228 KB for blocks 979 tokens/s dense, with 164 964, int8 1455
   // and 1377. The longest row of registers takes 120 KB, 200 where it is normed too.
   // With a smaller memory a product's block takes a larger share.
-  const int share =
-      std::max<int>(57, static_cast<int>(100 * shared_alone(s) / (s.shared_bytes + kStaticShared)) + 1);
+  constexpr int kShare = 57;
   static std::mutex mutex;                             // engines of several threads launch the same kernels
   static std::set<std::pair<int, const void*>> asked;  // kernels of these parameters
   const void* const function = reinterpret_cast<const void*>(kernel);
   {
     const std::lock_guard lock(mutex);
     if (asked.emplace(s.device, function).second) {
+      const auto alone = static_cast<int>(100 * shared_alone(s) / (s.shared_bytes + kStaticShared));
       if (s.dependent)
-        check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, share),
+        check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                   std::max(kShare, alone + 1)),
               "shared memory");
       check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, s.shared_bytes),
             "shared memory");
