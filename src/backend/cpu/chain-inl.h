@@ -18,71 +18,87 @@ namespace larosa {
 namespace HWY_NAMESPACE {
 
 // How channels are read. The hardware cannot guess where a kept channel begins, so while some are multiplied
-// the following ones are fetched, one line per line. None of it changes a bit of a result.
+// what follows is fetched, one line per line. None of it changes a bit of a result.
 
 /// Most machines. On Zen 4, one thread, bf16 8192 → 2048: 85 % of the read bandwidth without fetching, 97 %
 /// so; fetching into the first level, which has few line buffers, is slower than not fetching. 4 or 16
 /// channels side by side are slower than 8.
 struct ReadMany {
-  static constexpr int64_t kChannels = 8;    // side by side
+  static constexpr int64_t kChannels = 8;       // side by side, 16 and 32 bits
+  static constexpr int64_t kLevelChannels = 8;  // … 8 and 4 bits
   static constexpr int64_t kAhead = 8;       // of quantised lines: channels from those in work to the fetched
-  static constexpr int64_t kAgain = 0;       // … and to those that are fetched once more; others: kChannels
-  static constexpr bool kInOrder = false;    // channels that follow one another: one stream of lines
+  static constexpr int64_t kAgain = 0;       // … and to those that are fetched once more
+  static constexpr bool kInOrder = false;    // … and those that follow one another as one stream of lines
   static constexpr int kLevel = 2;           // of __builtin_prefetch: 2 second-level cache, 3 first
   static constexpr int64_t kOutputs = 4096;  // per pass; accumulators of 16 KiB
   // Whole lines are one stream each; cut into passes of 4096 outputs, 11008 → 4096 at 4 bits went from 19 to
   // 13 GB/s a thread, though the sums of 16384 outputs no longer fit into the first-level cache.
   static constexpr int64_t quantised_outputs(DType) { return 16384; }
+  /// Bytes from what a channel of so many side by side multiplies to what it fetches: a line, whatever it
+  /// has.
+  static constexpr int64_t near(int64_t /*channels*/) { return int64_t{1} << 40; }
+  /// Whether channels that follow one another, lines of so many bytes, are read one at a time.
+  static constexpr bool streams(int64_t /*line*/) { return false; }
 };
 
-/// Zen 5: 8 streams side by side are read at 0.6 to 0.8 of the speed of 1 or 2; fetches that come faster than
-/// memory delivers are dropped, into the second-level cache more often than into the first, so quantised
-/// lines are fetched a second time. The first-level cache has 48 KiB. Against ReadMany, 2 threads, a 1B
-/// model's projections: bf16 dense 1.17, int8 1.10, int4 1.05 times as fast; half sparse 1.06, 1.03, 1.08
+/// Zen 5, whose fetches are dropped when they come faster than memory delivers, into the second-level cache
+/// more often than into the first (48 KiB). So 16-bit lines are fetched late, some 6 KB before they are
+/// multiplied, and into the first: half of the channels of 2048 to 14336 outputs come at 79 to 95 % of
+/// the read bandwidth (50 GB/s; 66 to 91 % fetched a channel ahead). Channels that follow one another are one
+/// stream, which the hardware follows too: lines of 4 and 8 KB one at a time at 98 % (four at a time 87 to
+/// 97). Lines are whole: halves of 14336 outputs are 5 points slower, though sums no longer fit beside them.
+/// Quantised lines, whose arithmetic is longer, gain nothing from late fetches; theirs come twice
 /// (docs/results.md).
 struct ReadFew {
-  static constexpr int64_t kChannels = 4, kAhead = 8, kAgain = 4;
+  static constexpr int64_t kChannels = 6, kLevelChannels = 4, kAhead = 8, kAgain = 4;
   static constexpr bool kInOrder = true;
   static constexpr int kLevel = 3;
-  static constexpr int64_t kOutputs = 8192;  // whole lines, so that they are one stream
+  static constexpr int64_t kOutputs = 16384;
   // 8192 outputs at 4 bits, half of the channels: with sums of 16 KiB 1.08 times as fast as with 32; at 8
   // bits whole lines, dense, 1.05 times.
   static constexpr int64_t quantised_outputs(DType t) { return t == DType::int4 ? 4096 : 16384; }
+  static constexpr int64_t near(int64_t channels) { return channels == 1 ? 6144 : 1024; }
+  static constexpr bool streams(int64_t line) { return line >= 4096 && line <= 8192; }
 };
 
-/// acc[j] += Σ_c value[c] · w_c[j], for one Pair of outputs per step, channels in order. Meanwhile `next`,
-/// the channels of the following call, are fetched; `in_order`: they lie one behind the other.
+/// acc[j] += Σ_c value[c] · w_c[j], for one Pair of outputs per step, channels in order. Meanwhile what
+/// follows is fetched, Reading::near further on: the rest of these lines, then those of `next`.
 template <class Reading, class Format, int64_t Count>
 HWY_INLINE void add_channels(const typename Format::Stored* const* w,
-                             const typename Format::Stored* const* next, bool in_order, const float* value,
-                             int64_t n, float* acc) {
+                             const typename Format::Stored* const* next, const float* value, int64_t n,
+                             float* acc) {
+  using Stored = typename Format::Stored;
   const FloatTag d;
-  const int64_t step = 2 * lanes(), stride = in_order ? Count : 1;
-  const typename Format::Stored* ahead[Count];
-  for (int64_t c = 0; c < Count; ++c) ahead[c] = in_order ? next[0] + c * step : next[c];
-  int64_t j = 0;
-  for (; j + step <= n; j += step) {
-    Floats a = hn::Load(d, acc + j), b = hn::Load(d, acc + j + lanes());
-    for (int64_t c = 0; c < Count; ++c) {
-      __builtin_prefetch(ahead[c] + j * stride, 0, Reading::kLevel);
-      const Pair p = Format::load(w[c] + j);
-      const Floats x = hn::Set(d, value[c]);
-      a = hn::MulAdd(x, p.a, a);
-      b = hn::MulAdd(x, p.b, b);
+  const int64_t step = 2 * lanes(), whole = n / step * step;
+  const int64_t near = std::min(Reading::near(Count) / static_cast<int64_t>(sizeof(Stored)), whole);
+  const auto add = [&](int64_t begin, int64_t end, const Stored* const* fetched, int64_t shift) HWY_ATTR {
+    const Stored* ahead[Count];
+    for (int64_t c = 0; c < Count; ++c) ahead[c] = fetched[c] + shift;
+    for (int64_t j = begin; j < end; j += step) {
+      Floats a = hn::Load(d, acc + j), b = hn::Load(d, acc + j + lanes());
+      for (int64_t c = 0; c < Count; ++c) {
+        __builtin_prefetch(ahead[c] + j, 0, Reading::kLevel);
+        const Pair p = Format::load(w[c] + j);
+        const Floats x = hn::Set(d, value[c]);
+        a = hn::MulAdd(x, p.a, a);
+        b = hn::MulAdd(x, p.b, b);
+      }
+      hn::Store(a, d, acc + j);
+      hn::Store(b, d, acc + j + lanes());
     }
-    hn::Store(a, d, acc + j);
-    hn::Store(b, d, acc + j + lanes());
-  }
-  if (j == n) return;
-  Floats a = hn::Load(d, acc + j), b = hn::Load(d, acc + j + lanes());
+  };
+  add(0, whole - near, w, near);
+  add(whole - near, whole, next, near - whole);
+  if (whole == n) return;
+  Floats a = hn::Load(d, acc + whole), b = hn::Load(d, acc + whole + lanes());
   for (int64_t c = 0; c < Count; ++c) {
-    const Pair p = load_tail<Format>(w[c] + j, n - j);
+    const Pair p = load_tail<Format>(w[c] + whole, n - whole);
     const Floats x = hn::Set(d, value[c]);
     a = hn::MulAdd(x, p.a, a);
     b = hn::MulAdd(x, p.b, b);
   }
-  hn::Store(a, d, acc + j);
-  hn::Store(b, d, acc + j + lanes());
+  hn::Store(a, d, acc + whole);
+  hn::Store(b, d, acc + whole + lanes());
 }
 
 template <class Reading, class Format>
@@ -97,19 +113,24 @@ void chain_as(const Weight& weight, const int32_t* index, const float* value, in
     const int64_t n = std::min(width, end - first);
     float* acc = part + (first - begin);
     std::fill_n(acc, (n + 2 * lanes() - 1) / (2 * lanes()) * 2 * lanes(), 0.0f);
-    const Stored *row[kChannels], *next[kChannels];
-    const auto channel = [&](int64_t c) { return w + index[c] * weight.out + first; };
+    const Stored *row[kChannels + 1], *next[kChannels];
+    const auto channel = [&](int64_t c) { return w + index[std::min(c, count - 1)] * weight.out + first; };
+    const bool stream = n == weight.out && Reading::streams(n * static_cast<int64_t>(sizeof(Stored)));
     int64_t c = 0;
-    for (int64_t s = 0; s < kChannels && s < count; ++s) next[s] = channel(s);
     for (; c + kChannels <= count; c += kChannels) {
-      for (int64_t s = 0; s < kChannels; ++s) row[s] = next[s];
-      for (int64_t s = 0; s < kChannels; ++s) next[s] = channel(std::min(c + kChannels + s, count - 1));
-      const bool in_order = Reading::kInOrder && next[kChannels - 1] - next[0] == (kChannels - 1) * n;
-      add_channels<Reading, Format, kChannels>(row, next, in_order, value + c, n, acc);
+      for (int64_t s = 0; s <= kChannels; ++s) row[s] = channel(c + s);
+      if (stream && index[c + kChannels - 1] - index[c] == kChannels - 1) {
+        for (int64_t s = 0; s < kChannels; ++s)
+          add_channels<Reading, Format, 1>(row + s, row + s + 1, value + c + s, n, acc);
+        continue;
+      }
+      for (int64_t s = 0; s < kChannels; ++s) next[s] = channel(c + kChannels + s);
+      add_channels<Reading, Format, kChannels>(row, next, value + c, n, acc);
     }
     for (; c < count; ++c) {
       row[0] = channel(c);
-      add_channels<Reading, Format, 1>(row, row, false, value + c, n, acc);
+      row[1] = channel(c + 1);
+      add_channels<Reading, Format, 1>(row, row + 1, value + c, n, acc);
     }
   }
 }
@@ -160,7 +181,7 @@ class QuantisedPass {
   }
 
   static constexpr int64_t kLine = 64;  // bytes of a cache line
-  static constexpr int64_t kChannels = Reading::kChannels;
+  static constexpr int64_t kChannels = Reading::kLevelChannels;
 
   /// Where the levels of the pass stand, of the channels in work and of those to fetch.
   struct Lines {

@@ -334,11 +334,11 @@ class CpuBackend final : public Backend {
                                : kept           ? kept->channels.lists()
                                                 : every_channel(x, cols);
     pack_rows(x, cols, kept, products);
-    // Narrow: a thread's share of a row would be less than a page; pairs of threads share outputs and each
+    // Narrow: a thread's share of a row would be a page or less; pairs of threads share outputs and each
     // takes a chain (kernels.h).
     const int threads = pool_.size();
     const bool by_chain = in_channels == static_cast<int64_t>(products.size()) && threads % kChains == 0 &&
-                          row_bytes < kPage * threads;
+                          row_bytes <= kPage * threads;
     const int64_t groups = by_chain ? threads / kChains : threads;
     const int64_t outputs = padded_outputs(products);
     float* parts[kChains];
