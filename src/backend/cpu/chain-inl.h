@@ -43,11 +43,11 @@ struct ReadMany {
 
 /// Zen 5, whose fetches are dropped when they come faster than memory delivers, into the second-level cache
 /// more often than into the first (48 KiB). So 16-bit lines are fetched late, some 6 KB before they are
-/// multiplied, and into the first: half of the channels of 2048 to 14336 outputs come at 79 to 95 % of
-/// the read bandwidth (50 GB/s; 66 to 91 % fetched a channel ahead). Channels that follow one another are one
-/// stream, which the hardware follows too: lines of 4 and 8 KB one at a time at 98 % (four at a time 87 to
-/// 97). Lines are whole: halves of 14336 outputs are 5 points slower, though sums no longer fit beside them.
-/// Quantised lines, whose arithmetic is longer, gain nothing from late fetches; theirs come twice
+/// multiplied, and into the first: half of the channels of 2048 to 14336 outputs come at 81 to 96 % of
+/// the read bandwidth (50 GB/s; 79 to 91 % fetched a channel ahead). Channels that follow one another are one
+/// stream, which the hardware follows too: lines of 4 and 8 KB one at a time at 98 to 100 % (six at a
+/// time 87). Lines are whole: halves of 14336 outputs are 5 points slower, though sums no longer fit beside
+/// them. Quantised lines, whose arithmetic is longer, gain nothing from late fetches; theirs come twice
 /// (docs/results.md).
 struct ReadFew {
   static constexpr int64_t kChannels = 6, kLevelChannels = 4, kAhead = 8, kAgain = 4;
