@@ -219,12 +219,13 @@ TEST(Gemv, ThreadsChangeNoBit) {
 }
 
 /// How memory is read is the machine's business: the same bits on Zen 5 as with the same instructions
-/// elsewhere. Lines that follow one another and lines that do not, one pass and several.
+/// elsewhere. Lines that follow one another, short enough to be read one at a time or not, and lines that do
+/// not follow; one pass and several.
 TEST(Gemv, ReadingChangesNoBit) {
   const std::vector<std::string> here = isas();
   if (std::ranges::count(here, "zen5") == 0 || std::ranges::count(here, "avx512vnni") == 0) GTEST_SKIP();
   const Cpu many("avx512vnni", 2), few("zen5", 2);
-  for (const Shape s : {Shape{257, 1409}, Shape{150, 4224}, Shape{70, 16640}}) {
+  for (const Shape s : {Shape{257, 1409}, Shape{200, 2081}, Shape{150, 4224}, Shape{70, 16640}}) {
     for (const DType dtype : kTypes) {
       const ProductCase c(1, s, dtype, Layout::channels, true, true);
       for (const int64_t keep : keeps(s.in)) {

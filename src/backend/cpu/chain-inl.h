@@ -34,8 +34,8 @@ struct ReadMany {
   // Whole lines are one stream each; cut into passes of 4096 outputs, 11008 → 4096 at 4 bits went from 19 to
   // 13 GB/s a thread, though the sums of 16384 outputs no longer fit into the first-level cache.
   static constexpr int64_t quantised_outputs(DType) { return 16384; }
-  /// Bytes from what a channel of so many side by side multiplies to what it fetches: a line, whatever it
-  /// has.
+  /// Bytes from what is multiplied of each of so many channels side by side to what is fetched; at most a
+  /// line, as here.
   static constexpr int64_t near(int64_t /*channels*/) { return int64_t{1} << 40; }
   /// Whether channels that follow one another, lines of so many bytes, are read one at a time.
   static constexpr bool streams(int64_t /*line*/) { return false; }
@@ -71,24 +71,27 @@ HWY_INLINE void add_channels(const typename Format::Stored* const* w,
   const FloatTag d;
   const int64_t step = 2 * lanes(), whole = n / step * step;
   const int64_t near = std::min(Reading::near(Count) / static_cast<int64_t>(sizeof(Stored)), whole);
-  const auto add = [&](int64_t begin, int64_t end, const Stored* const* fetched, int64_t shift) HWY_ATTR {
-    const Stored* ahead[Count];
-    for (int64_t c = 0; c < Count; ++c) ahead[c] = fetched[c] + shift;
-    for (int64_t j = begin; j < end; j += step) {
-      Floats a = hn::Load(d, acc + j), b = hn::Load(d, acc + j + lanes());
+  // Outputs [begin, end); of the lines `fetched` as many, from `from` on.
+  const auto add = [&](int64_t begin, int64_t end, const Stored* const* fetched, int64_t from) HWY_ATTR {
+    const Stored *now[Count], *ahead[Count];
+    for (int64_t c = 0; c < Count; ++c) now[c] = w[c] + begin;
+    for (int64_t c = 0; c < Count; ++c) ahead[c] = fetched[c] + from;
+    float* const sums = acc + begin;
+    for (int64_t j = 0; j < end - begin; j += step) {
+      Floats a = hn::Load(d, sums + j), b = hn::Load(d, sums + j + lanes());
       for (int64_t c = 0; c < Count; ++c) {
         __builtin_prefetch(ahead[c] + j, 0, Reading::kLevel);
-        const Pair p = Format::load(w[c] + j);
+        const Pair p = Format::load(now[c] + j);
         const Floats x = hn::Set(d, value[c]);
         a = hn::MulAdd(x, p.a, a);
         b = hn::MulAdd(x, p.b, b);
       }
-      hn::Store(a, d, acc + j);
-      hn::Store(b, d, acc + j + lanes());
+      hn::Store(a, d, sums + j);
+      hn::Store(b, d, sums + j + lanes());
     }
   };
   add(0, whole - near, w, near);
-  add(whole - near, whole, next, near - whole);
+  add(whole - near, whole, next, 0);
   if (whole == n) return;
   Floats a = hn::Load(d, acc + whole), b = hn::Load(d, acc + whole + lanes());
   for (int64_t c = 0; c < Count; ++c) {
