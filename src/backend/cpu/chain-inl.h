@@ -18,7 +18,7 @@ namespace larosa {
 namespace HWY_NAMESPACE {
 
 // How channels are read. The hardware cannot guess where a kept channel begins, so while some are multiplied
-// what follows is fetched, one line per line. None of it changes a bit of a result.
+// what follows is fetched. None of it changes a bit of a result.
 
 /// Most machines. On Zen 4, one thread, bf16 8192 → 2048: 85 % of the read bandwidth without fetching, 97 %
 /// so; fetching into the first level, which has few line buffers, is slower than not fetching. 4 or 16
@@ -26,39 +26,42 @@ namespace HWY_NAMESPACE {
 struct ReadMany {
   static constexpr int64_t kChannels = 8;       // side by side, 16 and 32 bits
   static constexpr int64_t kLevelChannels = 8;  // … 8 and 4 bits
-  static constexpr int64_t kAhead = 8;       // of quantised lines: channels from those in work to the fetched
-  static constexpr int64_t kAgain = 0;       // … and to those that are fetched once more
-  static constexpr bool kInOrder = false;    // … and those that follow one another as one stream of lines
-  static constexpr int kLevel = 2;           // of __builtin_prefetch: 2 second-level cache, 3 first
-  static constexpr int64_t kOutputs = 4096;  // per pass; accumulators of 16 KiB
+  static constexpr int kLevel = 2;              // of __builtin_prefetch: 2 second-level cache, 3 first
+  static constexpr int64_t kOutputs = 4096;     // per pass; accumulators of 16 KiB
   // Whole lines are one stream each; cut into passes of 4096 outputs, 11008 → 4096 at 4 bits went from 19 to
   // 13 GB/s a thread, though the sums of 16384 outputs no longer fit into the first-level cache.
   static constexpr int64_t quantised_outputs(DType) { return 16384; }
-  /// Bytes from what is multiplied of each of so many channels side by side to what is fetched; at most a
-  /// line, as here.
-  static constexpr int64_t near(int64_t /*channels*/) { return int64_t{1} << 40; }
-  /// Whether channels that follow one another, lines of so many bytes, are read one at a time.
-  static constexpr bool streams(int64_t /*line*/) { return false; }
+  /// Bytes between what is multiplied and what is fetched of each of so many channels side by side; here
+  /// whole lines.
+  static constexpr int64_t near(DType, int64_t /*channels*/) { return int64_t{1} << 40; }
+  /// Whether channels that follow one another, lines of so many bytes, are read as one stream.
+  static constexpr bool streams(DType, int64_t /*line*/) { return false; }
+  /// Whether quantised channels are fetched for the first time while those before the last are multiplied.
+  static constexpr bool twice(DType) { return false; }
 };
 
 /// Zen 5, whose fetches are dropped when they come faster than memory delivers, into the second-level cache
-/// more often than into the first (48 KiB). So 16-bit lines are fetched late, some 6 KB before they are
-/// multiplied, and into the first: half of the channels of 2048 to 14336 outputs come at 81 to 96 % of
-/// the read bandwidth (50 GB/s; 79 to 91 % fetched a channel ahead). Channels that follow one another are one
-/// stream, which the hardware follows too: lines of 4 and 8 KB one at a time at 98 to 100 % (six at a
-/// time 87). Lines are whole: halves of 14336 outputs are 5 points slower, though sums no longer fit beside
-/// them. Quantised lines, whose arithmetic is longer, gain nothing from late fetches; theirs come twice
-/// (docs/results.md).
+/// more often than into the first (48 KiB). So lines are fetched late, 1 KB before they are multiplied, and
+/// into the first: half of the channels of 2048 to 14336 outputs come at 81 to 96 % of the read bandwidth at
+/// 16 bits (50 GB/s; 79 to 91 % fetched a channel ahead), at 8 bits at 77 (72). Channels that follow one
+/// another are one stream, 6 KB ahead, which the hardware follows too: lines of 4 and 8 KB one at a time at
+/// 98 to 100 % (six at a time 87), pairs of 8-bit lines of 4 KB at 88 (82). Lines are whole: halves of 14336
+/// outputs are 6 points slower, though sums no longer fit beside them. Lines of 4 bits, the shortest, come
+/// twice (docs/results.md).
 struct ReadFew {
-  static constexpr int64_t kChannels = 6, kLevelChannels = 4, kAhead = 8, kAgain = 4;
-  static constexpr bool kInOrder = true;
+  static constexpr int64_t kChannels = 6, kLevelChannels = 4;
   static constexpr int kLevel = 3;
   static constexpr int64_t kOutputs = 16384;
   // 8192 outputs at 4 bits, half of the channels: with sums of 16 KiB 1.08 times as fast as with 32; at 8
   // bits whole lines, dense, 1.05 times.
   static constexpr int64_t quantised_outputs(DType t) { return t == DType::int4 ? 4096 : 16384; }
-  static constexpr int64_t near(int64_t channels) { return channels == 1 ? 6144 : 1024; }
-  static constexpr bool streams(int64_t line) { return line >= 4096 && line <= 8192; }
+  static constexpr int64_t near(DType t, int64_t channels) {
+    return channels <= 2 ? 6144 : t == DType::int4 ? 2048 : 1024;
+  }
+  static constexpr bool streams(DType t, int64_t line) {
+    return line <= 8192 && (quantised(t) || line >= 4096);
+  }
+  static constexpr bool twice(DType t) { return t == DType::int4; }
 };
 
 /// acc[j] += Σ_c value[c] · w_c[j], for one Pair of outputs per step, channels in order. Meanwhile what
@@ -70,7 +73,8 @@ HWY_INLINE void add_channels(const typename Format::Stored* const* w,
   using Stored = typename Format::Stored;
   const FloatTag d;
   const int64_t step = 2 * lanes(), whole = n / step * step;
-  const int64_t near = std::min(Reading::near(Count) / static_cast<int64_t>(sizeof(Stored)), whole);
+  const int64_t near =
+      std::min(Reading::near(Format::kType, Count) / static_cast<int64_t>(sizeof(Stored)), whole);
   // Outputs [begin, end); of the lines `fetched` as many, from `from` on.
   const auto add = [&](int64_t begin, int64_t end, const Stored* const* fetched, int64_t from) HWY_ATTR {
     const Stored *now[Count], *ahead[Count];
@@ -118,7 +122,8 @@ void chain_as(const Weight& weight, const int32_t* index, const float* value, in
     std::fill_n(acc, (n + 2 * lanes() - 1) / (2 * lanes()) * 2 * lanes(), 0.0f);
     const Stored *row[kChannels + 1], *next[kChannels];
     const auto channel = [&](int64_t c) { return w + index[std::min(c, count - 1)] * weight.out + first; };
-    const bool stream = n == weight.out && Reading::streams(n * static_cast<int64_t>(sizeof(Stored)));
+    const bool stream =
+        n == weight.out && Reading::streams(Format::kType, n * static_cast<int64_t>(sizeof(Stored)));
     int64_t c = 0;
     for (; c + kChannels <= count; c += kChannels) {
       for (int64_t s = 0; s <= kChannels; ++s) row[s] = channel(c + s);
@@ -151,7 +156,7 @@ class QuantisedPass {
         scales_at_(scales_offset(Format::kType, weight.out) + first / kQuantBlock * Format::kGroups * 2),
         blocks_(blocks),
         groups_(blocks * Format::kGroups),
-        whole_(blocks * kQuantBlock >= weight.out),
+        streams_(blocks * kQuantBlock >= weight.out && Reading::streams(Format::kType, bytes_)),
         part_(part) {}
 
   void run(const int32_t* index, const float* value, int64_t count) {
@@ -186,10 +191,9 @@ class QuantisedPass {
   static constexpr int64_t kLine = 64;  // bytes of a cache line
   static constexpr int64_t kChannels = Reading::kLevelChannels;
 
-  /// Where the levels of the pass stand, of the channels in work and of those to fetch.
+  /// Where the levels of the pass stand, of the channels in work, of the next and of those after the next.
   struct Lines {
-    const std::byte *now[kChannels + 1], *ahead[kChannels], *again[kChannels];
-    int64_t stride = 1;  // of the blocks fetched ahead: kChannels where these lines follow one another
+    const std::byte *now[kChannels], *next[kChannels], *after[kChannels];
   };
 
   HWY_INLINE const std::byte* line(int32_t channel) const { return base_ + channel * bytes_; }
@@ -253,54 +257,78 @@ class QuantisedPass {
   void multiply(const int32_t* index, int64_t at, int64_t n, int64_t first, int64_t count) {
     Lines lines;
     const auto levels = [&](int64_t c) { return line(index[std::min(c, count - 1)]) + levels_at_; };
-    for (int64_t c = 0; c < n; ++c) lines.now[c] = levels(at + c);
-    lines.now[n] = lines.now[n - 1];  // the partner of an odd channel, times zero
-    for (int64_t c = 0; c < kChannels; ++c) {
-      lines.ahead[c] = levels(at + Reading::kAhead + c);
-      lines.again[c] = levels(at + Reading::kAgain + c);
-    }
-    const bool in_order = whole_ && lines.ahead[kChannels - 1] - lines.ahead[0] == (kChannels - 1) * bytes_;
-    if (Reading::kInOrder && in_order) {  // with the scales between; the end is left to `again`
-      for (int64_t c = 1; c < kChannels; ++c) lines.ahead[c] = lines.ahead[0] + c * Format::kBytes;
-      lines.stride = kChannels;
-    }
+    // The partner of an odd channel is the channel itself, times zero.
+    for (int64_t c = 0; c < kChannels; ++c) lines.now[c] = levels(at + std::min(c, n - 1));
+    for (int64_t c = 0; c < kChannels; ++c) lines.next[c] = levels(at + n + c);
+    for (int64_t c = 0; c < kChannels; ++c) lines.after[c] = levels(at + n + kChannels + c);
+    // As many again must follow: what is fetched lies beyond the channels in work.
+    const int64_t last = at + 2 * kChannels - 1;
+    if (streams_ && n == kChannels && last < count && index[last] - index[at] == last - at)
+      return stream(lines, first);
     // Straight code: with a loop int8 and int4 took 1.11 and 1.12 times as long (AVX2, in cache), sparse int8
     // 1.1 times (Zen 5).
     const int64_t pairs = (n + 1) / 2;
     if constexpr (kChannels > 4) {
-      if (pairs == 4) return add_blocks(lines, Count<4>(), first / 2);
-      if (pairs == 3) return add_blocks(lines, Count<3>(), first / 2);
+      if (pairs == 4) return side_by_side<4>(lines, first);
+      if (pairs == 3) return side_by_side<3>(lines, first);
     }
-    if (pairs == 2) return add_blocks(lines, Count<2>(), first / 2);
-    add_blocks(lines, Count<1>(), first / 2);
+    if (pairs == 2) return side_by_side<2>(lines, first);
+    side_by_side<1>(lines, first);
   }
 
-  template <int64_t kCount>
-  using Count = std::integral_constant<int64_t, kCount>;
+  /// Channels that follow one another, in pairs: two blocks of the lines as they lie, scales between, are
+  /// fetched for two that are multiplied.
+  void stream(const Lines& lines, int64_t first) {
+    const int64_t near = std::min(2 * Reading::near(Format::kType, 2), kChannels * bytes_),
+                  block = bytes_ / blocks_;
+    for (int64_t c = 0; c < kChannels; c += 2) {
+      const std::byte* ahead[2] = {lines.now[c] + near, lines.now[c] + near + block};
+      add_blocks<1, 2, false>(lines.now + c, ahead, 2 * block, nullptr, 0, blocks_, first + c);
+    }
+  }
 
-  template <class Pairs>
-  void add_blocks(const Lines& lines, Pairs pairs, int64_t first) {
-    for (int64_t b = 0; b < blocks_; ++b) {
-      const int64_t at = b * Format::kBytes, g = b * Format::kGroups;
+  /// Meanwhile what is Reading::near further on is fetched: the rest of these lines, then the next lines.
+  template <int64_t kPairs>
+  void side_by_side(const Lines& lines, int64_t first) {
+    constexpr bool kTwice = Reading::twice(Format::kType);
+    const int64_t near = std::min(Reading::near(Format::kType, kChannels) / Format::kBytes, blocks_);
+    const std::byte* rest[2 * kPairs];
+    for (int64_t c = 0; c < 2 * kPairs; ++c) rest[c] = lines.now[c] + near * Format::kBytes;
+    add_blocks<kPairs, 2 * kPairs, kTwice>(lines.now, rest, Format::kBytes, lines.after, 0, blocks_ - near,
+                                           first);
+    add_blocks<kPairs, kChannels, kTwice>(lines.now, lines.next, Format::kBytes, lines.after, blocks_ - near,
+                                          blocks_, first);
+  }
+
+  /// Blocks [begin, end) of 2 · kPairs lines. Meanwhile a block each of the kAhead lines `ahead` is fetched,
+  /// `step` bytes further with every block, and of the lines `early` the same blocks.
+  template <int64_t kPairs, int64_t kAhead, bool kEarly>
+  HWY_INLINE void add_blocks(const std::byte* const* lines, const std::byte* const* ahead, int64_t step,
+                             const std::byte* const* early, int64_t begin, int64_t end, int64_t first) {
+    const std::byte *now[2 * kPairs], *fetched[kAhead];
+    std::copy_n(lines, 2 * kPairs, now);
+    std::copy_n(ahead, kAhead, fetched);
+    const uint32_t* multipliers = pairs_[first / 2];
+    for (int64_t b = begin, from = 0; b < end; ++b, from += step) {
+      const int64_t at = b * Format::kBytes;
+      const auto fetch_one = [&](int64_t c) HWY_ATTR {
+        fetch(fetched[c] + from);
+        if (kEarly) fetch(early[c] + at);
+      };
       for (int64_t part = 0; part < kQuantBlock; part += 8 * lanes()) {
         const bool begins = part == 0, ends = part + 8 * lanes() == kQuantBlock;
         Sums s = Sums::load(sums_ + b * kQuantBlock + part);
-        for (int64_t c = 0; c < pairs; ++c) {
-          if (begins) fetch(lines, 2 * c, at);
-          if (ends) fetch(lines, 2 * c + 1, at);
-          Format::add_pair(lines.now[2 * c] + at, lines.now[2 * c + 1] + at, part, pairs_[first + c] + g, s);
+        for (int64_t p = 0; p < kPairs; ++p) {
+          if (begins) fetch_one(2 * p);
+          if (ends) fetch_one(2 * p + 1);
+          Format::add_pair(now[2 * p] + at, now[2 * p + 1] + at, part,
+                           multipliers + p * kPadded + b * Format::kGroups, s);
           s.pin();
         }
-        for (int64_t c = 2 * pairs; c < kChannels && begins; ++c) fetch(lines, c, at);
+        for (int64_t c = 2 * kPairs; c < kAhead && begins; ++c) fetch_one(c);
         s.store(sums_ + b * kQuantBlock + part);
       }
     }
-  }
-
-  /// Once per block and channel in work: a block of the line ahead, and of the one that is fetched again.
-  static HWY_INLINE void fetch(const Lines& lines, int64_t c, int64_t at) {
-    fetch(lines.ahead[c] + at * (Reading::kInOrder ? lines.stride : 1));
-    if (Reading::kAgain > 0) fetch(lines.again[c] + at);
   }
 
   /// A block of a line. Called between the products, as evenly as they come: a burst of 16 would wait for the
@@ -336,7 +364,7 @@ class QuantisedPass {
   static constexpr int64_t kPadded = kMostGroups + 16;
   const std::byte* base_;
   const int64_t bytes_, levels_at_, scales_at_, blocks_, groups_;
-  const bool whole_;  // the pass takes whole lines
+  const bool streams_;  // channels that follow one another are one stream
   float* const part_;
   HWY_ALIGN int32_t sums_[kMostOutputs];
   HWY_ALIGN float factor_[kPadded];

@@ -1,5 +1,5 @@
 // One row times a weight, bound by memory. Channels layout (chain-inl.h): several channels per pass over the
-// outputs, whose accumulators stay in the first-level cache; every output is one chain of multiply-adds per
+// outputs, whose accumulators stay in the cache; every output is one chain of multiply-adds per
 // ChannelList, in its order, so that leaving out a zero channel changes no bit and threads may cut the
 // outputs anywhere. Rows layout: dot products. Quantised lines are widened in registers: their bytes are what
 // memory is asked for.

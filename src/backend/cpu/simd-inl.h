@@ -82,6 +82,7 @@ struct Pair {
 };
 
 struct F32 {
+  static constexpr DType kType = DType::f32;
   using Stored = float;
   static HWY_INLINE Pair load(const float* p) {
     const FloatTag d;
@@ -90,11 +91,13 @@ struct F32 {
 };
 
 struct F16 {
+  static constexpr DType kType = DType::f16;
   using Stored = uint16_t;
   static HWY_INLINE Pair load(const uint16_t* p) { return {widen_half(p), widen_half(p + lanes())}; }
 };
 
 struct BF16 {
+  static constexpr DType kType = DType::bf16;
   using Stored = uint16_t;
   static HWY_INLINE Pair load(const uint16_t* p) {
     const FloatTag d;
