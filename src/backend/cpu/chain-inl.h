@@ -36,18 +36,18 @@ struct ReadMany {
   static constexpr int64_t near(DType, int64_t /*channels*/) { return int64_t{1} << 40; }
   /// Whether channels that follow one another, lines of so many bytes, are read as one stream.
   static constexpr bool streams(DType, int64_t /*line*/) { return false; }
-  /// Whether quantised channels are fetched for the first time while those before the last are multiplied.
+  /// Whether quantised channels are fetched a line earlier, too.
   static constexpr bool twice(DType) { return false; }
 };
 
 /// Zen 5, whose fetches are dropped when they come faster than memory delivers, into the second-level cache
-/// more often than into the first (48 KiB). So lines are fetched late, 1 KB before they are multiplied, and
-/// into the first: half of the channels of 2048 to 14336 outputs come at 81 to 96 % of the read bandwidth at
-/// 16 bits (50 GB/s; 79 to 91 % fetched a channel ahead), at 8 bits at 77 (72). Channels that follow one
-/// another are one stream, 6 KB ahead, which the hardware follows too: lines of 4 and 8 KB one at a time at
-/// 98 to 100 % (six at a time 87), pairs of 8-bit lines of 4 KB at 88 (82). Lines are whole: halves of 14336
-/// outputs are 6 points slower, though sums no longer fit beside them. Lines of 4 bits, the shortest, come
-/// twice (docs/results.md).
+/// more often than into the first (48 KiB). So they go into the first, and lines are fetched late, 1 KB
+/// before they are multiplied: half of the channels of 2048 to 14336 outputs come at 81 to 96 % of the read
+/// bandwidth at 16 bits (50 GB/s; 79 to 91 % fetched a channel ahead), at 8 bits at 77 (72). At 4 bits, where
+/// lines are shortest, they come a line ahead and two lines ahead. Channels that follow one another are one
+/// stream, 6 KB ahead per line, which the hardware follows too: 16-bit lines of 4 and 8 KB one at a time at
+/// 98 to 100 % (six at a time 87), quantised ones in pairs, 4 KB at 90 (82). 16-bit lines are whole: halves
+/// of 14336 outputs are 6 points slower, though sums no longer fit beside them (docs/results.md).
 struct ReadFew {
   static constexpr int64_t kChannels = 6, kLevelChannels = 4;
   static constexpr int kLevel = 3;
@@ -56,7 +56,7 @@ struct ReadFew {
   // bits whole lines, dense, 1.05 times.
   static constexpr int64_t quantised_outputs(DType t) { return t == DType::int4 ? 4096 : 16384; }
   static constexpr int64_t near(DType t, int64_t channels) {
-    return channels <= 2 ? 6144 : t == DType::int4 ? 2048 : 1024;
+    return channels <= 2 ? 6144 : t == DType::int4 ? 2048 : 1024;  // 2048: a whole pass
   }
   static constexpr bool streams(DType t, int64_t line) {
     return line <= 8192 && (quantised(t) || line >= 4096);
@@ -190,8 +190,10 @@ class QuantisedPass {
 
   static constexpr int64_t kLine = 64;  // bytes of a cache line
   static constexpr int64_t kChannels = Reading::kLevelChannels;
+  static constexpr bool kTwice = Reading::twice(Format::kType);
 
-  /// Where the levels of the pass stand, of the channels in work, of the next and of those after the next.
+  /// Where the levels of the pass stand: of the channels in work, and kChannels and twice as many further on,
+  /// of which as many are fetched as are in work.
   struct Lines {
     const std::byte *now[kChannels], *next[kChannels], *after[kChannels];
   };
@@ -231,7 +233,7 @@ class QuantisedPass {
         const Words b = c + 1 < count ? rounded(wide[c + 1]) : hn::Zero(WordTag());
         const Words pair = Format::arrange(low_halves(rounded(wide[c]), b));
         sum = dot_pairs(pair, ones, sum);
-        hn::Store(pair, WordTag(), pairs_[c / 2] + g);
+        hn::Store(pair, WordTag(), pairs_ + c / 2 * kPadded + g);
       }
       hn::Store(hn::BitCast(WordTag(), hn::Mul(sum, hn::Set(di, -Format::kOffset))), WordTag(), start_ + g);
     }
@@ -259,12 +261,13 @@ class QuantisedPass {
     const auto levels = [&](int64_t c) { return line(index[std::min(c, count - 1)]) + levels_at_; };
     // The partner of an odd channel is the channel itself, times zero.
     for (int64_t c = 0; c < kChannels; ++c) lines.now[c] = levels(at + std::min(c, n - 1));
-    for (int64_t c = 0; c < kChannels; ++c) lines.next[c] = levels(at + n + c);
-    for (int64_t c = 0; c < kChannels; ++c) lines.after[c] = levels(at + n + kChannels + c);
-    // As many again must follow: what is fetched lies beyond the channels in work.
-    const int64_t last = at + 2 * kChannels - 1;
-    if (streams_ && n == kChannels && last < count && index[last] - index[at] == last - at)
-      return stream(lines, first);
+    for (int64_t c = 0; c < kChannels; ++c) lines.next[c] = levels(at + kChannels + c);
+    for (int64_t c = 0; kTwice && c < kChannels; ++c) lines.after[c] = levels(at + 2 * kChannels + c);
+    // A stream fetches what lies beyond the next channels, so where it begins some come unfetched: there as
+    // many must follow three times (with once, 8-bit lines of 4 KB at a keep of 0.9 took 1.07 times as long).
+    const int64_t last = at + (in_stream_ ? 2 : 4) * kChannels - 1;
+    in_stream_ = streams_ && n == kChannels && last < count && index[last] - index[at] == last - at;
+    if (in_stream_) return stream(lines, first);
     // Straight code: with a loop int8 and int4 took 1.11 and 1.12 times as long (AVX2, in cache), sparse int8
     // 1.1 times (Zen 5).
     const int64_t pairs = (n + 1) / 2;
@@ -276,44 +279,47 @@ class QuantisedPass {
     side_by_side<1>(lines, first);
   }
 
-  /// Channels that follow one another, in pairs: two blocks of the lines as they lie, scales between, are
-  /// fetched for two that are multiplied.
+  /// Channels that follow one another, in pairs: as they lie, scales between, two blocks are fetched for two
+  /// that are multiplied; at 4 bits that leaves one cache line of nine to the hardware.
   void stream(const Lines& lines, int64_t first) {
-    const int64_t near = std::min(2 * Reading::near(Format::kType, 2), kChannels * bytes_),
-                  block = bytes_ / blocks_;
+    const int64_t far = std::min(2 * Reading::near(Format::kType, 2), kChannels * bytes_);
+    const int64_t block = bytes_ / blocks_;
     for (int64_t c = 0; c < kChannels; c += 2) {
-      const std::byte* ahead[2] = {lines.now[c] + near, lines.now[c] + near + block};
-      add_blocks<1, 2, false>(lines.now + c, ahead, 2 * block, nullptr, 0, blocks_, first + c);
+      const std::byte* ahead[2] = {lines.now[c] + far, lines.now[c] + far + block};
+      add_blocks<1, false>(lines.now + c, ahead, 2 * block, nullptr, 0, blocks_, first + c);
     }
   }
 
   /// Meanwhile what is Reading::near further on is fetched: the rest of these lines, then the next lines.
   template <int64_t kPairs>
   void side_by_side(const Lines& lines, int64_t first) {
-    constexpr bool kTwice = Reading::twice(Format::kType);
-    const int64_t near = std::min(Reading::near(Format::kType, kChannels) / Format::kBytes, blocks_);
-    const std::byte* rest[2 * kPairs];
-    for (int64_t c = 0; c < 2 * kPairs; ++c) rest[c] = lines.now[c] + near * Format::kBytes;
-    add_blocks<kPairs, 2 * kPairs, kTwice>(lines.now, rest, Format::kBytes, lines.after, 0, blocks_ - near,
-                                           first);
-    add_blocks<kPairs, kChannels, kTwice>(lines.now, lines.next, Format::kBytes, lines.after, blocks_ - near,
-                                          blocks_, first);
+    constexpr int64_t kNear = Reading::near(Format::kType, kChannels) / Format::kBytes;
+    const int64_t near = std::min(kNear, blocks_);
+    if constexpr (kNear < kMostOutputs / kQuantBlock) {
+      const std::byte* rest[2 * kPairs];
+      for (int64_t c = 0; c < 2 * kPairs; ++c) rest[c] = lines.now[c] + near * Format::kBytes;
+      add_blocks<kPairs, kTwice>(lines.now, rest, Format::kBytes, lines.after, 0, blocks_ - near, first);
+    }
+    add_blocks<kPairs, kTwice>(lines.now, lines.next, Format::kBytes, lines.after, blocks_ - near, blocks_,
+                               first);
   }
 
-  /// Blocks [begin, end) of 2 · kPairs lines. Meanwhile a block each of the kAhead lines `ahead` is fetched,
-  /// `step` bytes further with every block, and of the lines `early` the same blocks.
-  template <int64_t kPairs, int64_t kAhead, bool kEarly>
+  /// Blocks [begin, end) of 2 · kPairs lines. Meanwhile a block each of as many lines `ahead` is fetched,
+  /// `step` bytes further with every block, and if kAfter the same block of the lines `after`.
+  template <int64_t kPairs, bool kAfter>
   HWY_INLINE void add_blocks(const std::byte* const* lines, const std::byte* const* ahead, int64_t step,
-                             const std::byte* const* early, int64_t begin, int64_t end, int64_t first) {
-    const std::byte *now[2 * kPairs], *fetched[kAhead];
+                             const std::byte* const* after, int64_t begin, int64_t end, int64_t first) {
+    // Copies, which stay in registers: without them 11008 outputs at 8 bits were 4 points of the bandwidth
+    // slower (Zen 5).
+    const std::byte *now[2 * kPairs], *fetched[2 * kPairs];
     std::copy_n(lines, 2 * kPairs, now);
-    std::copy_n(ahead, kAhead, fetched);
-    const uint32_t* multipliers = pairs_[first / 2];
+    std::copy_n(ahead, 2 * kPairs, fetched);
+    const uint32_t* multipliers = pairs_ + first / 2 * kPadded;
     for (int64_t b = begin, from = 0; b < end; ++b, from += step) {
-      const int64_t at = b * Format::kBytes;
+      const int64_t at = b * Format::kBytes, g = b * Format::kGroups;
       const auto fetch_one = [&](int64_t c) HWY_ATTR {
         fetch(fetched[c] + from);
-        if (kEarly) fetch(early[c] + at);
+        if (kAfter) fetch(after[c] + at);
       };
       for (int64_t part = 0; part < kQuantBlock; part += 8 * lanes()) {
         const bool begins = part == 0, ends = part + 8 * lanes() == kQuantBlock;
@@ -321,11 +327,9 @@ class QuantisedPass {
         for (int64_t p = 0; p < kPairs; ++p) {
           if (begins) fetch_one(2 * p);
           if (ends) fetch_one(2 * p + 1);
-          Format::add_pair(now[2 * p] + at, now[2 * p + 1] + at, part,
-                           multipliers + p * kPadded + b * Format::kGroups, s);
+          Format::add_pair(now[2 * p] + at, now[2 * p + 1] + at, part, multipliers + p * kPadded + g, s);
           s.pin();
         }
-        for (int64_t c = 2 * kPairs; c < kAhead && begins; ++c) fetch_one(c);
         s.store(sums_ + b * kQuantBlock + part);
       }
     }
@@ -364,12 +368,13 @@ class QuantisedPass {
   static constexpr int64_t kPadded = kMostGroups + 16;
   const std::byte* base_;
   const int64_t bytes_, levels_at_, scales_at_, blocks_, groups_;
-  const bool streams_;  // channels that follow one another are one stream
+  const bool streams_;      // channels that follow one another are one stream
+  bool in_stream_ = false;  // … as the last ones were
   float* const part_;
   HWY_ALIGN int32_t sums_[kMostOutputs];
   HWY_ALIGN float factor_[kPadded];
   HWY_ALIGN uint32_t start_[kPadded];
-  HWY_ALIGN uint32_t pairs_[kChainBlock / 2][kPadded];
+  HWY_ALIGN uint32_t pairs_[kChainBlock / 2 * kPadded];
 };
 
 template <class Reading, class Format>
