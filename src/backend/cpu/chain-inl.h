@@ -36,18 +36,19 @@ struct ReadMany {
   static constexpr int64_t near(DType, int64_t /*channels*/) { return int64_t{1} << 40; }
   /// Whether channels that follow one another, lines of so many bytes, are read as one stream.
   static constexpr bool streams(DType, int64_t /*line*/) { return false; }
-  /// Whether quantised channels are fetched a line earlier, too.
+  /// Whether quantised channels are fetched a group of channels earlier, too.
   static constexpr bool twice(DType) { return false; }
 };
 
 /// Zen 5, whose fetches are dropped when they come faster than memory delivers, into the second-level cache
 /// more often than into the first (48 KiB). So they go into the first, and lines are fetched late, 1 KB
 /// before they are multiplied: half of the channels of 2048 to 14336 outputs come at 81 to 96 % of the read
-/// bandwidth at 16 bits (50 GB/s; 79 to 91 % fetched a channel ahead), at 8 bits at 77 (72). At 4 bits, where
-/// lines are shortest, they come a line ahead and two lines ahead. Channels that follow one another are one
-/// stream, 6 KB ahead per line, which the hardware follows too: 16-bit lines of 4 and 8 KB one at a time at
-/// 98 to 100 % (six at a time 87), quantised ones in pairs, 4 KB at 90 (82). 16-bit lines are whole: halves
-/// of 14336 outputs are 6 points slower, though sums no longer fit beside them (docs/results.md).
+/// bandwidth at 16 bits (50 GB/s; 79 to 91 % fetched a channel ahead), at 8 bits at 75 (72). At 4 bits, where
+/// lines are shortest, they come one group of channels ahead and two ahead. Channels that follow one another
+/// are one stream, 6 KB ahead per line, which the hardware follows too: 16-bit lines of 4 and 8 KB one at a
+/// time at 98 to 100 % (six at a time 87), quantised ones in pairs, 8-bit ones of 4 KB at 90 (82). 16-bit
+/// lines are whole: halves of 14336 outputs are 6 points slower, though sums no longer fit beside them
+/// (docs/results.md).
 struct ReadFew {
   static constexpr int64_t kChannels = 6, kLevelChannels = 4;
   static constexpr int kLevel = 3;
@@ -56,7 +57,7 @@ struct ReadFew {
   // bits whole lines, dense, 1.05 times.
   static constexpr int64_t quantised_outputs(DType t) { return t == DType::int4 ? 4096 : 16384; }
   static constexpr int64_t near(DType t, int64_t channels) {
-    return channels <= 2 ? 6144 : t == DType::int4 ? 2048 : 1024;  // 2048: a whole pass
+    return channels <= 2 ? 6144 : t == DType::int4 ? 2048 : 1024;  // 2048: all of a pass
   }
   static constexpr bool streams(DType t, int64_t line) {
     return line <= 8192 && (quantised(t) || line >= 4096);
@@ -263,8 +264,9 @@ class QuantisedPass {
     for (int64_t c = 0; c < kChannels; ++c) lines.now[c] = levels(at + std::min(c, n - 1));
     for (int64_t c = 0; c < kChannels; ++c) lines.next[c] = levels(at + kChannels + c);
     for (int64_t c = 0; kTwice && c < kChannels; ++c) lines.after[c] = levels(at + 2 * kChannels + c);
-    // A stream fetches what lies beyond the next channels, so where it begins some come unfetched: there as
-    // many must follow three times (with once, 8-bit lines of 4 KB at a keep of 0.9 took 1.07 times as long).
+    // Where a stream begins, what side_by_side left of these lines is never fetched. So there four groups
+    // must follow one another, then two: with two from the start 8-bit lines of 4 KB took 1.07 times as long
+    // at a keep of 0.9.
     const int64_t last = at + (in_stream_ ? 2 : 4) * kChannels - 1;
     in_stream_ = streams_ && n == kChannels && last < count && index[last] - index[at] == last - at;
     if (in_stream_) return stream(lines, first);
