@@ -7,9 +7,9 @@ Writes OUT/SEED.txt for every SEED: 16 stretches of 8000 bytes from random begin
 windows that `larosa sparsify --calib` reads of it come from random places.
 """
 
+import argparse
 import pathlib
 import random
-import sys
 
 STRETCHES, BYTES = 16, 8000
 
@@ -18,19 +18,26 @@ def draw(text, seed):
     rng = random.Random(seed)
     parts = []
     for _ in range(STRETCHES):
-        begin = text.index(b"\n", rng.randrange(len(text) - BYTES)) + 1
+        begin = text.find(b"\n", rng.randrange(len(text) - BYTES)) + 1  # of the text where no line begins any more
         parts.append(text[begin : begin + BYTES].decode("utf-8", "ignore").encode())
     return b"\n".join(parts) + b"\n"
 
 
 def main():
-    if len(sys.argv) < 4:
-        sys.exit(__doc__)
-    text = pathlib.Path(sys.argv[1]).read_bytes()
-    out = pathlib.Path(sys.argv[2])
-    out.mkdir(parents=True, exist_ok=True)
-    for seed in sys.argv[3:]:
-        (out / f"{seed}.txt").write_bytes(draw(text, int(seed)))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=pathlib.Path)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("seeds", type=int, nargs="+", metavar="SEED")
+    args = parser.parse_args()
+    try:
+        text = args.text.read_bytes()
+    except OSError as error:
+        parser.error(str(error))
+    if len(text) <= BYTES:
+        parser.error(f"{args.text}: {len(text)} bytes, more than {BYTES} are needed")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        (args.out / f"{seed}.txt").write_bytes(draw(text, seed))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 #endif
 
 #include <algorithm>
-#include <type_traits>
 
 #include "backend/cpu/kernels.h"
 #include "backend/cpu/levels-inl.h"
