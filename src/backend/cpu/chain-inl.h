@@ -23,49 +23,68 @@ namespace HWY_NAMESPACE {
 /// so; fetching into the first level, which has few line buffers, is slower than not fetching. 4 or 16
 /// channels side by side are slower than 8.
 struct ReadMany {
-  static constexpr int64_t kChannels = 8;       // side by side, 16 and 32 bits
-  static constexpr int64_t kLevelChannels = 8;  // … 8 and 4 bits
-  static constexpr int kLevel = 2;              // of __builtin_prefetch: 2 second-level cache, 3 first
-  static constexpr int64_t kOutputs = 4096;     // per pass; accumulators of 16 KiB
+  static constexpr int64_t kChannels = 8;                       // side by side, 16 and 32 bits
+  static constexpr int64_t level_channels(DType) { return 8; }  // … 8 and 4 bits
+  static constexpr int64_t kOutputs = 4096;                     // per pass; accumulators of 16 KiB
   // Whole lines are one stream each; cut into passes of 4096 outputs, 11008 → 4096 at 4 bits went from 19 to
   // 13 GB/s a thread, though the sums of 16384 outputs no longer fit into the first-level cache.
   static constexpr int64_t quantised_outputs(DType) { return 16384; }
-  /// Bytes between what is multiplied and what is fetched of each of so many channels side by side; here
-  /// whole lines.
-  static constexpr int64_t near(DType, int64_t /*channels*/) { return int64_t{1} << 40; }
+  /// Bytes between what is multiplied and what is fetched, of each of the channels side by side and, all in
+  /// all, of a stream; here whole lines.
+  static constexpr int64_t near(DType) { return int64_t{1} << 40; }
+  static constexpr int64_t ahead(DType t) { return near(t); }
   /// Whether channels that follow one another, lines of so many bytes, are read as one stream.
   static constexpr bool streams(DType, int64_t /*line*/) { return false; }
   /// Whether quantised channels are fetched a group of channels earlier, too.
   static constexpr bool twice(DType) { return false; }
+  /// Fetches a cache line.
+  static HWY_INLINE void fetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+  /// Whether quantised channels are fetched between the products of a pair, or before them: so AVX2 spills
+  /// less, half of the channels of 2048 outputs at 8 bits come at 33 instead of 27 of 46 GB/s.
+  static constexpr bool kBetween = false;
+  /// Sums that are made before what is fetched next.
+  static HWY_INLINE void hold(Floats&, Floats&) {}
 };
 
+#if HWY_TARGET == HWY_AVX3_DL
 /// Zen 5, whose fetches are dropped when they come faster than memory delivers, into the second-level cache
-/// more often than into the first (48 KiB). So they go into the first, and lines are fetched late, 1 KB
-/// before they are multiplied: half of the channels of 2048 to 14336 outputs come at 81 to 96 % of the read
-/// bandwidth at 16 bits (50 GB/s; 79 to 91 % fetched a channel ahead), at 8 bits at 75 (72). At 4 bits, where
-/// lines are shortest, they come one group of channels ahead and two ahead. Channels that follow one another
-/// are one stream, 6 KB ahead per line, which the hardware follows too: 16-bit lines of 4 and 8 KB one at a
-/// time at 98 to 100 % (six at a time 87), quantised ones in pairs, 8-bit ones of 4 KB at 90 (82). 16-bit
-/// lines are whole: halves of 14336 outputs are 6 points slower, though sums no longer fit beside them
-/// (docs/results.md).
+/// more often than into the first (48 KiB). So they go into the first, late, and stay where they are written,
+/// between the products: left to the compiler, who gathers them, dense 8-bit products of 4096 outputs read 2
+/// to 3 points less of the bandwidth, 16-bit ones 1 to 4 (50 GB/s). Channels that follow one another are one
+/// stream, which the hardware follows too: 16-bit lines of 4 and 8 KB one at a time at 96 to 100 % (six at a
+/// time 87), quantised ones in pairs. Others are fetched 1 KB before they are multiplied, 768 bytes at 8
+/// bits: half of the channels of 2048 to 14336 outputs come at 81 to 96 % of the read bandwidth at 16 bits
+/// (79 to 91 % fetched a channel ahead). At 4 bits, where lines are shortest, they come one group of channels
+/// ahead and two ahead. 16-bit lines are whole: halves of 14336 outputs are 6 points slower, though sums no
+/// longer fit beside them (docs/results.md).
 struct ReadFew {
-  static constexpr int64_t kChannels = 6, kLevelChannels = 4;
-  static constexpr int kLevel = 3;
+  static constexpr int64_t kChannels = 6;
+  // Of 11008 outputs at 8 bits, whose sums leave the first level, 8 side by side read 85 and 77 % of 48 and
+  // 72 GB/s where 4 read 79 and 65; at 4 bits 8 read 56 % of 72 where 4 read 63.
+  static constexpr int64_t level_channels(DType t) { return t == DType::int4 ? 4 : 8; }
   static constexpr int64_t kOutputs = 16384;
   // 8192 outputs at 4 bits, half of the channels: with sums of 16 KiB 1.08 times as fast as with 32; at 8
   // bits whole lines, dense, 1.05 times.
   static constexpr int64_t quantised_outputs(DType t) { return t == DType::int4 ? 4096 : 16384; }
-  static constexpr int64_t near(DType t, int64_t channels) {
-    return channels <= 2 ? 6144 : t == DType::int4 ? 2048 : 1024;  // 2048: all of a pass
+  static constexpr int64_t near(DType t) {
+    return t == DType::int4 ? 2048 : t == DType::int8 ? 768 : 1024;  // 2048: all of a pass
   }
+  static constexpr int64_t ahead(DType t) { return t == DType::int4 ? 9216 : 6144; }
   static constexpr bool streams(DType t, int64_t line) {
     return line <= 8192 && (quantised(t) || line >= 4096);
   }
   static constexpr bool twice(DType t) { return t == DType::int4; }
+  static HWY_INLINE void fetch(const void* line) {
+    asm volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(line)));
+  }
+  static constexpr bool kBetween = true;
+  static HWY_INLINE void hold(Floats& a, Floats& b) { asm volatile("" : "+v"(a.raw), "+v"(b.raw)); }
 };
+#endif
 
 /// acc[j] += Σ_c value[c] · w_c[j], for one Pair of outputs per step, channels in order. Meanwhile what
-/// follows is fetched, Reading::near further on: the rest of these lines, then those of `next`.
+/// follows is fetched, Reading::near further on (or ahead, of one channel): the rest of these lines, then
+/// those of `next`.
 template <class Reading, class Format, int64_t Count>
 HWY_INLINE void add_channels(const typename Format::Stored* const* w,
                              const typename Format::Stored* const* next, const float* value, int64_t n,
@@ -73,8 +92,8 @@ HWY_INLINE void add_channels(const typename Format::Stored* const* w,
   using Stored = typename Format::Stored;
   const FloatTag d;
   const int64_t step = 2 * lanes(), whole = n / step * step;
-  const int64_t near =
-      std::min(Reading::near(Format::kType, Count) / static_cast<int64_t>(sizeof(Stored)), whole);
+  constexpr int64_t kNear = Count == 1 ? Reading::ahead(Format::kType) : Reading::near(Format::kType);
+  const int64_t near = std::min(kNear / static_cast<int64_t>(sizeof(Stored)), whole);
   // Outputs [begin, end); of the lines `fetched` as many, from `from` on.
   const auto add = [&](int64_t begin, int64_t end, const Stored* const* fetched, int64_t from) HWY_ATTR {
     const Stored *now[Count], *ahead[Count];
@@ -84,11 +103,12 @@ HWY_INLINE void add_channels(const typename Format::Stored* const* w,
     for (int64_t j = 0; j < end - begin; j += step) {
       Floats a = hn::Load(d, sums + j), b = hn::Load(d, sums + j + lanes());
       for (int64_t c = 0; c < Count; ++c) {
-        __builtin_prefetch(ahead[c] + j, 0, Reading::kLevel);
         const Pair p = Format::load(now[c] + j);
         const Floats x = hn::Set(d, value[c]);
         a = hn::MulAdd(x, p.a, a);
         b = hn::MulAdd(x, p.b, b);
+        Reading::hold(a, b);
+        Reading::fetch(ahead[c] + j);
       }
       hn::Store(a, d, sums + j);
       hn::Store(b, d, sums + j + lanes());
@@ -156,6 +176,7 @@ class QuantisedPass {
         scales_at_(scales_offset(Format::kType, weight.out) + first / kQuantBlock * Format::kGroups * 2),
         blocks_(blocks),
         groups_(blocks * Format::kGroups),
+        follow_((Reading::ahead(Format::kType) + bytes_ - 1) / bytes_),
         streams_(blocks * kQuantBlock >= weight.out && Reading::streams(Format::kType, bytes_)),
         part_(part) {}
 
@@ -189,7 +210,7 @@ class QuantisedPass {
   }
 
   static constexpr int64_t kLine = 64;  // bytes of a cache line
-  static constexpr int64_t kChannels = Reading::kLevelChannels;
+  static constexpr int64_t kChannels = Reading::level_channels(Format::kType);
   static constexpr bool kTwice = Reading::twice(Format::kType);
 
   /// Where the levels of the pass stand: of the channels in work, and kChannels and twice as many further on,
@@ -248,7 +269,8 @@ class QuantisedPass {
 
   HWY_INLINE Floats scales(const std::byte* line, int64_t g) const {
     const std::byte* from = line + 2 * g;
-    if (g + lanes() <= groups_) return load_halves(from);
+    // Behind a line's scales is padding.
+    if (scales_at_ + 2 * (g + lanes()) <= bytes_) return load_halves(from);
     HWY_ALIGN uint16_t half[hn::MaxLanes(FloatTag())] = {};
     std::memcpy(half, from, static_cast<size_t>(groups_ - g) * 2);
     return widen_half(half);
@@ -263,10 +285,9 @@ class QuantisedPass {
     for (int64_t c = 0; c < kChannels; ++c) lines.now[c] = levels(at + std::min(c, n - 1));
     for (int64_t c = 0; c < kChannels; ++c) lines.next[c] = levels(at + kChannels + c);
     for (int64_t c = 0; kTwice && c < kChannels; ++c) lines.after[c] = levels(at + 2 * kChannels + c);
-    // Where a stream begins, what side_by_side left of these lines is never fetched. So there four groups
-    // must follow one another, then two: with two from the start 8-bit lines of 4 KB took 1.07 times as long
-    // at a keep of 0.9.
-    const int64_t last = at + (in_stream_ ? 2 : 4) * kChannels - 1;
+    // A stream begins where 8 more channels follow than it fetches: what side_by_side left of these lines is
+    // never fetched (with 4 more, 8-bit lines of 4 KB took 1.07 times as long at a keep of 0.9).
+    const int64_t last = at + kChannels + follow_ + (in_stream_ ? 0 : 8) - 1;
     in_stream_ = streams_ && n == kChannels && last < count && index[last] - index[at] == last - at;
     if (in_stream_) return stream(lines, first);
     // Straight code: with a loop int8 and int4 took 1.11 and 1.12 times as long (AVX2, in cache), sparse int8
@@ -283,7 +304,7 @@ class QuantisedPass {
   /// Channels that follow one another, in pairs: as they lie, scales between, two blocks are fetched for two
   /// that are multiplied; at 4 bits that leaves one cache line of nine to the hardware.
   void stream(const Lines& lines, int64_t first) {
-    const int64_t far = std::min(2 * Reading::near(Format::kType, 2), kChannels * bytes_);
+    const int64_t far = follow_ * bytes_;
     const int64_t block = bytes_ / blocks_;
     for (int64_t c = 0; c < kChannels; c += 2) {
       const std::byte* ahead[2] = {lines.now[c] + far, lines.now[c] + far + block};
@@ -294,7 +315,7 @@ class QuantisedPass {
   /// Meanwhile what is Reading::near further on is fetched: the rest of these lines, then the next lines.
   template <int64_t kPairs>
   void side_by_side(const Lines& lines, int64_t first) {
-    constexpr int64_t kNear = Reading::near(Format::kType, kChannels) / Format::kBytes;
+    constexpr int64_t kNear = Reading::near(Format::kType) / Format::kBytes;
     const int64_t near = std::min(kNear, blocks_);
     if constexpr (kNear < kMostOutputs / kQuantBlock) {
       const std::byte* rest[2 * kPairs];
@@ -318,30 +339,48 @@ class QuantisedPass {
     const uint32_t* multipliers = pairs_ + first / 2 * kPadded;
     for (int64_t b = begin, from = 0; b < end; ++b, from += step) {
       const int64_t at = b * Format::kBytes, g = b * Format::kGroups;
-      const auto fetch_one = [&](int64_t c) HWY_ATTR {
-        fetch(fetched[c] + from);
-        if (kAfter) fetch(after[c] + at);
-      };
       for (int64_t part = 0; part < kQuantBlock; part += 8 * lanes()) {
-        const bool begins = part == 0, ends = part + 8 * lanes() == kQuantBlock;
         Sums s = Sums::load(sums_ + b * kQuantBlock + part);
+        const auto fetch = [&](int64_t p) HWY_ATTR {
+          return Fetch<kAfter>{fetched + 2 * p, after + 2 * p, from, at, part};
+        };
         for (int64_t p = 0; p < kPairs; ++p) {
-          if (begins) fetch_one(2 * p);
-          if (ends) fetch_one(2 * p + 1);
-          Format::add_pair(now[2 * p] + at, now[2 * p + 1] + at, part, multipliers + p * kPadded + g, s);
+          Format::add_pair(now[2 * p] + at, now[2 * p + 1] + at, part, multipliers + p * kPadded + g, s,
+                           fetch(p));
           s.pin();
         }
         s.store(sums_ + b * kQuantBlock + part);
+        for (int64_t p = 0; !Reading::kBetween && p < kPairs; ++p)
+          for (int64_t quarter = 0; quarter < 4; ++quarter) fetch(p).one(quarter);
       }
     }
   }
 
-  /// A block of a line. Called between the products, as evenly as they come: a burst of 16 would wait for the
-  /// 24 misses that a core may have open.
-  static HWY_INLINE void fetch(const std::byte* levels) {
-    __builtin_prefetch(levels, 0, Reading::kLevel);
-    if constexpr (Format::kBytes > kLine) __builtin_prefetch(levels + kLine, 0, Reading::kLevel);
-  }
+  /// A block of a pair's lines `ahead`, if kAfter of those `after` too: four cache lines at most, a quarter
+  /// of them with each part of a block. In bursts they wait for the misses that a core may have open (24 on
+  /// Zen 4).
+  template <bool kAfter>
+  struct Fetch {
+    const std::byte *const *ahead, *const *after;
+    int64_t from, at, part;
+
+    /// Where a quarter of a part's products has been made.
+    HWY_INLINE void operator()(int64_t quarter) const {
+      if (Reading::kBetween) one(quarter);
+    }
+    HWY_INLINE void one(int64_t quarter) const {
+      const int64_t parts = kQuantBlock / (8 * lanes()), step = part / (8 * lanes()) * 4 + quarter;
+      const int64_t k = step / parts;
+      if (step % parts != 0) return;
+      if (Format::kBytes > kLine) {
+        Reading::fetch(ahead[k / 2] + from + k % 2 * kLine);
+      } else if (k < 2) {
+        Reading::fetch(ahead[k] + from);
+      } else if (kAfter) {
+        Reading::fetch(after[k - 2] + at);
+      }
+    }
+  };
 
   /// part += factor · sums.
   void finish() {
@@ -361,7 +400,7 @@ class QuantisedPass {
   void fetch_scales(const int32_t* index, int64_t count) const {
     for (int64_t c = 0; c < count; ++c) {
       for (int64_t byte = 0; byte < groups_ * 2; byte += kLine)
-        __builtin_prefetch(line(index[c]) + scales_at_ + byte, 0, Reading::kLevel);
+        Reading::fetch(line(index[c]) + scales_at_ + byte);
     }
   }
 
@@ -369,6 +408,7 @@ class QuantisedPass {
   static constexpr int64_t kPadded = kMostGroups + 16;
   const std::byte* base_;
   const int64_t bytes_, levels_at_, scales_at_, blocks_, groups_;
+  const int64_t follow_;    // channels that a stream fetches beforehand
   const bool streams_;      // channels that follow one another are one stream
   bool in_stream_ = false;  // … as the last ones were
   float* const part_;

@@ -31,9 +31,9 @@ HWY_INLINE Ints dot_pairs(Words levels, Words multipliers, Ints sum) {
   const IntTag di;
 #if HWY_TARGET == HWY_AVX3_DL  // one instruction for two: 3.2 ns instead of 3.7 for 128 weights of 4 bits
   // By name: the flags that Highway 1.0 gives the compiler for this set lack avx512vnni, which it checks at
-  // run time.
+  // run time. Volatile: in its place among fetches (chain-inl.h).
   Ints result = sum;
-  asm("vpdpwssd %2, %1, %0" : "+v"(result.raw) : "v"(levels.raw), "v"(multipliers.raw));
+  asm volatile("vpdpwssd %2, %1, %0" : "+v"(result.raw) : "v"(levels.raw), "v"(multipliers.raw));
   return result;
 #elif HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX2
   const HalfTag d16;
@@ -68,6 +68,20 @@ HWY_INLINE Words low_halves(Words a, Words b) {
 HWY_INLINE Words high_halves(Words a, Words b) {
   return hn::OrAnd(hn::ShiftRight<16>(a), b, hn::Set(WordTag(), 0xffff0000u));
 }
+
+#if HWY_TARGET != HWY_SCALAR
+/// Of every four words the even ones first.
+HWY_INLINE Words even_groups_first(Words groups) {
+  alignas(64) static constexpr int32_t kOrder[16] = {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15};
+  return hn::TableLookupLanes(groups, hn::SetTableIndices(WordTag(), kOrder));
+}
+/// Two words in turns.
+HWY_INLINE Words two_words(const void* p) {
+  uint64_t two;
+  std::memcpy(&two, p, sizeof(two));
+  return hn::BitCast(WordTag(), hn::Set(hn::ScalableTag<uint64_t>(), two));
+}
+#endif
 
 /// Eight vectors of sums: what the registers of every target hold beside operands.
 struct Sums {
@@ -117,10 +131,34 @@ struct Sums {
   }
 };
 
-// A format says which sums add_pair makes of two channels, and what belongs to them. AVX2 has half the
-// registers of AVX-512, no `vpternlog` and no dot product in one instruction, but unpacks halves of two
-// channels in one: so its sums have an order of their own, which `separate` undoes once per block of
-// channels.
+// A format says which sums add_pair makes of two channels, and what belongs to them. x86 from AVX2 on unpacks
+// halves of two channels in one instruction; its sums then have an order of their own, which `separate`
+// undoes once per block of channels.
+#undef LAROSA_UNPACKS
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3 || HWY_TARGET == HWY_AVX3_DL
+#define LAROSA_UNPACKS 1
+
+/// Vectors with four outputs in each block of 128 bits, of four vectors in turn, as vectors of outputs in
+/// order.
+HWY_INLINE Sums order_blocks(const Sums& w) {
+  const IntTag di;
+  const auto lower = [&](Ints a, Ints b) HWY_ATTR { return hn::ConcatLowerLower(di, b, a); };
+  const auto upper = [&](Ints a, Ints b) HWY_ATTR { return hn::ConcatUpperUpper(di, b, a); };
+#if HWY_TARGET == HWY_AVX2
+  return {lower(w.s0, w.s1), lower(w.s2, w.s3), upper(w.s0, w.s1), upper(w.s2, w.s3),
+          lower(w.s4, w.s5), lower(w.s6, w.s7), upper(w.s4, w.s5), upper(w.s6, w.s7)};
+#else
+  const auto even = [](Ints a, Ints b) HWY_ATTR { return hn::OddEvenBlocks(hn::SwapAdjacentBlocks(b), a); };
+  const auto odd = [](Ints a, Ints b) HWY_ATTR { return hn::OddEvenBlocks(b, hn::SwapAdjacentBlocks(a)); };
+  const Ints a0 = even(w.s0, w.s1), a1 = odd(w.s0, w.s1), b0 = even(w.s2, w.s3), b1 = odd(w.s2, w.s3);
+  const Ints c0 = even(w.s4, w.s5), c1 = odd(w.s4, w.s5), d0 = even(w.s6, w.s7), d1 = odd(w.s6, w.s7);
+  return {lower(a0, b0), lower(a1, b1), upper(a0, b0), upper(a1, b1),
+          lower(c0, d0), lower(c1, d1), upper(c0, d0), upper(c1, d1)};
+#endif
+}
+#else
+#define LAROSA_UNPACKS 0
+#endif
 
 /// Stored word L of 64 values holds values 4 L … 4 L + 3.
 struct Int8 {
@@ -137,10 +175,10 @@ struct Int8 {
   static HWY_INLINE Words spread(const uint32_t* groups, int64_t) { return hn::Set(WordTag(), groups[0]); }
   // offsets: how often the offset stands in the vector of sums at `place`; separate: the vectors without one
   // another.
-#if HWY_TARGET == HWY_AVX2
+#if LAROSA_UNPACKS
   // A whole half, 256 · upper + (lower + 128), is summed beside its upper byte. Such sums wrap, but what is
-  // left without 256 · upper does not: 28 vector operations for 128 weights instead of 40. Outputs leave in
-  // order.
+  // left without 256 · upper does not: with AVX2 28 vector operations for 128 weights instead of 40, with
+  // AVX-512 24 for 256 instead of 32. Outputs leave in order.
   static constexpr int kWays = 1;
   static HWY_INLINE int32_t offsets(int64_t place) {
     return place / lanes() % 2 == 0;
@@ -149,17 +187,14 @@ struct Int8 {
     const IntTag di;
     const auto lower = [](Ints half, Ints upper) HWY_ATTR { return hn::Sub(half, hn::ShiftLeft<8>(upper)); };
     const Ints l0 = lower(s.s0, s.s1), l1 = lower(s.s2, s.s3), l2 = lower(s.s4, s.s5), l3 = lower(s.s6, s.s7);
-    const Ints w0 = hn::InterleaveLower(di, l0, s.s1), w1 = hn::InterleaveUpper(di, l0, s.s1);
-    const Ints w2 = hn::InterleaveLower(di, l1, s.s3), w3 = hn::InterleaveUpper(di, l1, s.s3);
-    const Ints w4 = hn::InterleaveLower(di, l2, s.s5), w5 = hn::InterleaveUpper(di, l2, s.s5);
-    const Ints w6 = hn::InterleaveLower(di, l3, s.s7), w7 = hn::InterleaveUpper(di, l3, s.s7);
-    return {hn::ConcatLowerLower(di, w1, w0), hn::ConcatLowerLower(di, w3, w2),
-            hn::ConcatUpperUpper(di, w1, w0), hn::ConcatUpperUpper(di, w3, w2),
-            hn::ConcatLowerLower(di, w5, w4), hn::ConcatLowerLower(di, w7, w6),
-            hn::ConcatUpperUpper(di, w5, w4), hn::ConcatUpperUpper(di, w7, w6)};
+    return order_blocks({hn::InterleaveLower(di, l0, s.s1), hn::InterleaveUpper(di, l0, s.s1),
+                         hn::InterleaveLower(di, l1, s.s3), hn::InterleaveUpper(di, l1, s.s3),
+                         hn::InterleaveLower(di, l2, s.s5), hn::InterleaveUpper(di, l2, s.s5),
+                         hn::InterleaveLower(di, l3, s.s7), hn::InterleaveUpper(di, l3, s.s7)});
   }
+  template <class Fetch>
   static HWY_INLINE void add_pair(const std::byte* a, const std::byte* b, int64_t part,
-                                  const uint32_t* multipliers, Sums& s) {
+                                  const uint32_t* multipliers, Sums& s, const Fetch& fetch) {
     const HalfTag d16;
     const auto m = hn::BitCast(d16, hn::Set(WordTag(), multipliers[0]));
     const auto flip = hn::Set(d16, 0x80);
@@ -171,9 +206,13 @@ struct Int8 {
     const auto a0 = hn::BitCast(d16, load_words(a + part)), b0 = hn::BitCast(d16, load_words(b + part));
     const auto a1 = hn::BitCast(d16, load_words(a + next)), b1 = hn::BitCast(d16, load_words(b + next));
     dots(hn::Xor(hn::InterleaveLower(d16, a0, b0), flip), s.s0, s.s1);
+    fetch(0);
     dots(hn::Xor(hn::InterleaveUpper(d16, a0, b0), flip), s.s2, s.s3);
+    fetch(1);
     dots(hn::Xor(hn::InterleaveLower(d16, a1, b1), flip), s.s4, s.s5);
+    fetch(2);
     dots(hn::Xor(hn::InterleaveUpper(d16, a1, b1), flip), s.s6, s.s7);
+    fetch(3);
   }
 #else
   static constexpr int kWays = 4;  // vectors of sums that gemv_join interleaves
@@ -183,8 +222,9 @@ struct Int8 {
   static HWY_INLINE Sums separate(const Sums& s) {
     return s;
   }
+  template <class Fetch>
   static HWY_INLINE void add_pair(const std::byte* a, const std::byte* b, int64_t part,
-                                  const uint32_t* multipliers, Sums& s) {
+                                  const uint32_t* multipliers, Sums& s, const Fetch& fetch) {
     const WordTag d32;
     const Words m = hn::Set(d32, multipliers[0]), flip = hn::Set(d32, 0x80808080u),
                 byte = hn::Set(d32, 0x00ff00ffu);
@@ -195,12 +235,16 @@ struct Int8 {
     const Words u1 = hn::Xor(low_halves(a1, b1), flip), v1 = hn::Xor(high_halves(a1, b1), flip);
     s.s0 = dot_pairs(hn::And(u0, byte), m, s.s0);
     s.s1 = dot_pairs(shift_halves<8>(u0), m, s.s1);
+    fetch(0);
     s.s2 = dot_pairs(hn::And(v0, byte), m, s.s2);
     s.s3 = dot_pairs(shift_halves<8>(v0), m, s.s3);
+    fetch(1);
     s.s4 = dot_pairs(hn::And(u1, byte), m, s.s4);
     s.s5 = dot_pairs(shift_halves<8>(u1), m, s.s5);
+    fetch(2);
     s.s6 = dot_pairs(hn::And(v1, byte), m, s.s6);
     s.s7 = dot_pairs(shift_halves<8>(v1), m, s.s7);
+    fetch(3);
   }
 #endif
 };
@@ -222,17 +266,14 @@ struct Int4 {
     const int64_t k = place / lanes() % 4;
     return k == 1 || k == 2 ? 17 : 1;
   }
-#if HWY_TARGET == HWY_AVX2
-  // Unpacked, lanes hold nibbles 0 … 3 and 4 … 7 of a word in turn, of groups 0, 1 and 2, 3: 26 vector
-  // operations for 128 weights instead of 30.
+#if LAROSA_UNPACKS
+  // Unpacked, lanes hold nibbles 0 … 3 and 4 … 7 of a word in turn, of groups 0, 1 and 2, 3: with
+  // AVX2 26 vector operations for 128 weights instead of 30, with AVX-512 22 for 256 instead of 26.
   static HWY_INLINE Words arrange(Words groups) {
-    alignas(32) static constexpr int32_t kOrder[8] = {0, 2, 1, 3, 4, 6, 5, 7};
-    return hn::TableLookupLanes(groups, hn::SetTableIndices(WordTag(), kOrder));
+    return even_groups_first(groups);
   }
   static HWY_INLINE Words spread(const uint32_t* groups, int64_t place) {
-    uint64_t two;
-    std::memcpy(&two, groups + place / (2 * lanes()) % 2 * 2, sizeof(two));
-    return hn::BitCast(WordTag(), hn::Set(hn::ScalableTag<uint64_t>(), two));
+    return two_words(groups + place / (2 * lanes()) % 2 * 2);
   }
   static HWY_INLINE Sums separate(const Sums& t) {
     const IntTag di;
@@ -250,8 +291,9 @@ struct Int4 {
     sort(t.s3, t.s7, s.s3, s.s7);
     return s;
   }
+  template <class Fetch>
   static HWY_INLINE void add_pair(const std::byte* a, const std::byte* b, int64_t part,
-                                  const uint32_t* multipliers, Sums& s) {
+                                  const uint32_t* multipliers, Sums& s, const Fetch& fetch) {
     const WordTag d32;
     const HalfTag d16;
     const Words nibble = hn::Set(d32, 0x000f000fu), byte = hn::Set(d32, 0x00ff00ffu);
@@ -262,12 +304,16 @@ struct Int4 {
     const Words m0 = spread(multipliers, 0), m1 = spread(multipliers, 2 * lanes());
     s.s0 = dot_pairs(hn::And(u, nibble), m0, s.s0);
     s.s1 = dot_pairs(hn::And(u, byte), m0, s.s1);
+    fetch(0);
     s.s2 = dot_pairs(shift_halves<8>(u), m1, s.s2);
     s.s3 = dot_pairs(shift_halves<12>(u), m1, s.s3);
+    fetch(1);
     s.s4 = dot_pairs(hn::And(v, nibble), m0, s.s4);
     s.s5 = dot_pairs(hn::And(v, byte), m0, s.s5);
+    fetch(2);
     s.s6 = dot_pairs(shift_halves<8>(v), m1, s.s6);
     s.s7 = dot_pairs(shift_halves<12>(v), m1, s.s7);
+    fetch(3);
   }
 #else
   static HWY_INLINE Words arrange(Words groups) {
@@ -282,8 +328,9 @@ struct Int4 {
     return {s.s0, upper(s.s1, s.s0), lower(s.s2, s.s3), s.s3,
             s.s4, upper(s.s5, s.s4), lower(s.s6, s.s7), s.s7};
   }
+  template <class Fetch>
   static HWY_INLINE void add_pair(const std::byte* a, const std::byte* b, int64_t part,
-                                  const uint32_t* multipliers, Sums& s) {
+                                  const uint32_t* multipliers, Sums& s, const Fetch& fetch) {
     const WordTag d32;
     const Words nibble = hn::Set(d32, 0x000f000fu), byte = hn::Set(d32, 0x00ff00ffu);
     const Words wa = load_words(a + part / 2), wb = load_words(b + part / 2);
@@ -292,12 +339,16 @@ struct Int4 {
     const Words m2 = hn::Set(d32, multipliers[2]), m3 = hn::Set(d32, multipliers[3]);
     s.s0 = dot_pairs(hn::And(u, nibble), m0, s.s0);
     s.s1 = dot_pairs(hn::And(u, byte), m0, s.s1);
+    fetch(0);
     s.s2 = dot_pairs(shift_halves<8>(u), m1, s.s2);
     s.s3 = dot_pairs(shift_halves<12>(u), m1, s.s3);
+    fetch(1);
     s.s4 = dot_pairs(hn::And(v, nibble), m2, s.s4);
     s.s5 = dot_pairs(hn::And(v, byte), m2, s.s5);
+    fetch(2);
     s.s6 = dot_pairs(shift_halves<8>(v), m3, s.s6);
     s.s7 = dot_pairs(shift_halves<12>(v), m3, s.s7);
+    fetch(3);
   }
 #endif
 };
