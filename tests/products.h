@@ -44,11 +44,11 @@ class ProductCase {
     return y;
   }
 
-  /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for quantised channels besides, on
+  /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for quantised weights besides, on
   /// the cpu half a step of every multiplier, which have 15 bits of the largest one among a block of 64
-  /// channels (levels-inl.h). With cuda nothing besides for int8, and for int4 `bound` of Σ|x·scale| times
-  /// what levels are raised by, in the sum and in what is taken off (Nibbles::kRaised), but no more than on
-  /// the cpu.
+  /// channels or 128 inputs of a row (levels-inl.h, rows-inl.h). With cuda nothing besides for int8, and for
+  /// int4 `bound` of Σ|x·scale| times what levels are raised by, in the sum and in what is taken off
+  /// (Nibbles::kRaised), but no more than on the cpu.
   std::vector<Rows> tolerances(double bound, bool cuda = false) const {
     std::vector<Rows> all;
     for (size_t p = 0; p < weights.size(); ++p) {
@@ -65,7 +65,7 @@ class ProductCase {
             sum += std::fabs(double{x.at(t, i)} * values[static_cast<size_t>(at)]);
           }
           double levels = 0;
-          if (quantised(w.dtype) && !rows && !cuda) levels = half_steps(w, t, j);
+          if (quantised(w.dtype) && !cuda) levels = rows ? half_steps_of_row(w, t, j) : half_steps(w, t, j);
           if (w.dtype == DType::int4 && !rows && cuda)
             levels = std::min(bound * 2 * 136 * scaled(w, t, j), half_steps(w, t, j));
           all[p].mat.row(t)[j] = static_cast<float>(bound * sum + levels);
@@ -96,6 +96,20 @@ class ProductCase {
         levels += scale != 0 ? std::fabs(value / scale) : 0;
       }
       off += 0.5001 / 32767 * largest * levels;
+    }
+    return off;
+  }
+  double half_steps_of_row(const Weight& w, int64_t t, int64_t j) const {
+    std::vector<float> row(static_cast<size_t>(w.in));
+    read_line(w.line(j), w.dtype, w.in, 0, w.in, row.data());
+    double off = 0;
+    for (int64_t first = 0; first < w.in; first += kQuantBlock) {
+      double largest = 0, sum = 0;
+      for (int64_t i = first; i < std::min(w.in, first + kQuantBlock); ++i) {
+        largest = std::max(largest, std::fabs(double{x.at(t, i)}));
+        sum += std::fabs(double{row[static_cast<size_t>(i)]});
+      }
+      off += 0.5001 / 32767 * largest * sum;
     }
     return off;
   }

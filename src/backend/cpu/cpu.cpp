@@ -25,6 +25,7 @@ namespace {
 // Up to here the rows go through the decoding kernels one by one, beyond it oneDNN wins.
 constexpr int64_t kFewRows = 2;
 constexpr int64_t kPage = 4096;
+constexpr size_t kDTypes = static_cast<size_t>(DType::int4) + 1;
 constexpr int64_t kSlack = 64;  // kernels may write one vector past the last kept entry
 
 /// Floats aligned to a cache line.
@@ -261,7 +262,7 @@ class CpuBackend final : public Backend {
   void some_outputs(Mat x, const CpuSelection& s, const Product& p) {
     CHECK(p.weight.in == x.cols && p.y.cols == p.weight.out);
     pack_rows(x.data, x.cols, nullptr, std::span(&p, 1));
-    const float* packed = packed_[p.weight.dtype == DType::bf16].data();
+    const float* packed = packed_row(p.weight.dtype, x.cols);
     std::fill_n(p.y.data, p.y.cols, 0.0f);
     pool_.run([&](int thread) {
       for (int64_t chain = 0; chain < kChains; ++chain) {
@@ -348,7 +349,7 @@ class CpuBackend final : public Backend {
       const int64_t group = by_chain ? thread / kChains : thread;
       each_range(products, group, groups, [&](const Product& p, int64_t base, int64_t begin, int64_t end) {
         if (p.weight.layout == Layout::rows) {
-          const float* row = packed_[p.weight.dtype == DType::bf16].data();
+          const float* row = packed_row(p.weight.dtype, cols);
           return kernels_.gemv_rows(p.weight, row, begin, end, p.accumulate, p.y.row(t));
         }
         for (int64_t c = 0; c < kChains; ++c) {
@@ -402,20 +403,21 @@ class CpuBackend final : public Backend {
 
   /// The row as gemv_rows wants it, for the element types among the products in rows layout.
   void pack_rows(const float* x, int64_t cols, const CpuSelection* kept, std::span<const Product> products) {
-    bool packed[2] = {false, false};
+    bool packed[kDTypes] = {};
     for (const Product& p : products) {
-      bool& done = packed[p.weight.dtype == DType::bf16];
+      bool& done = packed[static_cast<size_t>(p.weight.dtype)];
       if (p.weight.layout != Layout::rows || done) continue;
       if (!x) {
         dense_.resize(std::max(dense_.size(), static_cast<size_t>(cols)));
         scatter(*kept, dense_.data());
         x = dense_.data();
       }
-      std::vector<float>& row = packed_[p.weight.dtype == DType::bf16];
-      row.resize(std::max(row.size(), static_cast<size_t>(padded_line(cols))));
-      kernels_.pack_input(x, p.weight.dtype, cols, row.data());
+      kernels_.pack_input(x, p.weight.dtype, cols, packed_row(p.weight.dtype, cols));
       done = true;
     }
+  }
+  float* packed_row(DType dtype, int64_t cols) {
+    return packed_[static_cast<size_t>(dtype)].at_least(padded_line(cols));
   }
 
   /// Layers ask for the same positions one after another: the angles are kept.
@@ -448,7 +450,7 @@ class CpuBackend final : public Backend {
   ChannelLists every_;                      // of a dense row
   AlignedFloats parts_[kChains];            // sums of each chain, all products of a call
   std::vector<float> dense_;                // one row of a selection, for weights in rows layout
-  std::vector<float> packed_[2];            // one row as gemv_rows wants it; [1] for bf16
+  AlignedFloats packed_[kDTypes];           // one row as gemv_rows wants it for weights of a type
   std::vector<float> cosine_, sine_;        // (angle_rows_, half)
   std::vector<float> inv_freq_;
   int64_t angle_pos_ = -1, angle_rows_ = 0;

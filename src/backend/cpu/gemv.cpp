@@ -1,8 +1,8 @@
 // One row times a weight, bound by memory. Channels layout (chain-inl.h): several channels per pass over the
 // outputs, whose accumulators stay in the cache; every output is one chain of multiply-adds per
 // ChannelList, in its order, so that leaving out a zero channel changes no bit and threads may cut the
-// outputs anywhere. Rows layout: dot products. Quantised lines are widened in registers: their bytes are what
-// memory is asked for.
+// outputs anywhere. Rows layout: dot products (rows-inl.h). Quantised lines are never widened in memory: their
+// bytes are what it is asked for.
 #define LAROSA_WITH_VNNI
 #include "backend/cpu/targets.h"
 
@@ -13,6 +13,7 @@
 #include <algorithm>
 #include "backend/cpu/chain-inl.h"
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/rows-inl.h"
 #include "backend/cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -55,6 +56,8 @@ void gemv_join(const Weight& w, const float* even, const float* odd, int64_t beg
 }
 
 void pack_input(const float* x, DType dtype, int64_t n, float* packed) {
+  if (dtype == DType::int8) return round_row<DType::int8>(x, n, packed);
+  if (dtype == DType::int4) return round_row<DType::int4>(x, n, packed);
   const FloatTag d;
   const int64_t size = padded_line(n), step = 2 * lanes();
   std::copy_n(x, n, packed);
@@ -66,96 +69,6 @@ void pack_input(const float* x, DType dtype, int64_t n, float* packed) {
     hn::StoreU(even, d, packed + i);
     hn::StoreU(odd, d, packed + i + lanes());
   }
-}
-
-/// One row against x. Row after row is one stream of memory: 99 % of the read bandwidth, where four rows side
-/// by side reach 70 %. Two steps at a time keep four multiply-adds in flight.
-template <class Format>
-HWY_INLINE float dot_row(const typename Format::Stored* w, int64_t n, const float* x) {
-  const FloatTag d;
-  const int64_t step = 2 * lanes();
-  Floats a = hn::Zero(d), b = hn::Zero(d), c = hn::Zero(d), e = hn::Zero(d);
-  int64_t i = 0;
-  for (; i + 2 * step <= n; i += 2 * step) {
-    const Pair p = Format::load(w + i), q = Format::load(w + i + step);
-    a = hn::MulAdd(hn::LoadU(d, x + i), p.a, a);
-    b = hn::MulAdd(hn::LoadU(d, x + i + lanes()), p.b, b);
-    c = hn::MulAdd(hn::LoadU(d, x + i + step), q.a, c);
-    e = hn::MulAdd(hn::LoadU(d, x + i + step + lanes()), q.b, e);
-  }
-  for (; i < n; i += step) {
-    const Pair p = i + step <= n ? Format::load(w + i) : load_tail<Format>(w + i, n - i);
-    a = hn::MulAdd(hn::LoadU(d, x + i), p.a, a);
-    b = hn::MulAdd(hn::LoadU(d, x + i + lanes()), p.b, b);
-  }
-  return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(a, b), hn::Add(c, e))));
-}
-
-/// scale · Σ x · q of a block of levels; for 4 bits four such sums, by turns in `a` and `b`, so that one
-/// chain of multiply-adds does not wait for itself.
-HWY_INLINE void add_int8(const std::byte* levels, const float* scale, const float* x, Floats& a, Floats& b) {
-  const FloatTag d;
-  Floats even = hn::Zero(d), odd = hn::Zero(d);
-  for (int64_t i = 0; i < kQuantBlock; i += 2 * lanes()) {
-    even = hn::MulAdd(hn::LoadU(d, x + i), widen_int8(levels + i), even);
-    odd = hn::MulAdd(hn::LoadU(d, x + i + lanes()), widen_int8(levels + i + lanes()), odd);
-  }
-  a = hn::MulAdd(even, hn::Set(d, scale[0]), a);
-  b = hn::MulAdd(odd, hn::Set(d, scale[0]), b);
-}
-HWY_INLINE void add_int4(const std::byte* levels, const float* scale, const float* x, Floats& a, Floats& b) {
-  const FloatTag d;
-  for (int64_t part = 0; part < 16; part += lanes()) {
-    const auto words = load_words(levels + part * 4);
-    const auto group = [&](int k) HWY_ATTR {
-      const float* from = x + 32 * k + part;
-      const Floats low = hn::Mul(hn::LoadU(d, from), widen_nibble(words, 8 * k));
-      return hn::MulAdd(hn::LoadU(d, from + 16), widen_nibble(words, 8 * k + 4), low);
-    };
-    a = hn::MulAdd(group(0), hn::Set(d, scale[0]), a);
-    b = hn::MulAdd(group(1), hn::Set(d, scale[1]), b);
-    a = hn::MulAdd(group(2), hn::Set(d, scale[2]), a);
-    b = hn::MulAdd(group(3), hn::Set(d, scale[3]), b);
-  }
-}
-
-/// Scales [0, count) as float32; nothing behind them is read.
-HWY_INLINE void widen_scales(const std::byte* scales, int64_t count, float* to) {
-  const FloatTag d;
-  int64_t i = 0;
-  for (; i + lanes() <= count; i += lanes()) hn::Store(load_halves(scales + 2 * i), d, to + i);
-  if (i == count) return;
-  HWY_ALIGN uint16_t half[hn::MaxLanes(FloatTag())] = {};
-  std::memcpy(half, scales + 2 * i, static_cast<size_t>(count - i) * sizeof(half[0]));
-  hn::Store(widen_half(half), d, to + i);
-}
-
-/// One quantised row against x. Levels become float32, which was as fast as the integers of channels
-/// (levels-inl.h) or up to a third slower: two threads of a shared Zen 5 read rows of 4096 at 18.9 (int8) and
-/// 11.3 GB/s (int4) and channels of 8192 at 17.0 and 11.2 in one run, at 13.2 and 7.8, 17.5 and 11.3 in
-/// another.
-template <DType kType>
-HWY_INLINE float dot_levels(const std::byte* line, int64_t n, const float* x) {
-  constexpr int64_t kScales = 64, kGroups = kQuantBlock / quant_group(kType), kBlocks = kScales / kGroups;
-  const FloatTag d;
-  const std::byte* const scales = line + scales_offset(kType, n);
-  const int64_t blocks = padded_line(n) / kQuantBlock, bytes = scales_offset(kType, kQuantBlock);
-  const int64_t groups = (n + quant_group(kType) - 1) / quant_group(kType);
-  HWY_ALIGN float scale[kScales];
-  Floats a = hn::Zero(d), b = hn::Zero(d);
-  for (int64_t first = 0; first < blocks; first += kBlocks) {
-    const int64_t count = std::min(kBlocks, blocks - first);
-    widen_scales(scales + first * kGroups * 2, count * kGroups, scale);
-    // Groups behind the last value count for nothing, whatever a file has there.
-    for (int64_t g = std::max(int64_t{0}, groups - first * kGroups); g < count * kGroups; ++g) scale[g] = 0;
-    for (int64_t i = 0; i < count; ++i) {
-      const std::byte* const levels = line + (first + i) * bytes;
-      const float* const from = x + (first + i) * kQuantBlock;
-      kType == DType::int8 ? add_int8(levels, scale + i * kGroups, from, a, b)
-                           : add_int4(levels, scale + i * kGroups, from, a, b);
-    }
-  }
-  return hn::GetLane(hn::SumOfLanes(d, hn::Add(a, b)));
 }
 
 /// Calls body(dot): dot(j) is row j of a weight of any type against the packed x.
