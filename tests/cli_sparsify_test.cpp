@@ -141,7 +141,7 @@ TEST_F(Cli, QuantisedWeights) {
     const std::vector<int> shape = method == "cats" ? std::vector{56, 48} : std::vector{48, 56};
     EXPECT_EQ(tensors["layers.1.up"],
               nlohmann::json({{"name", "layers.1.up"}, {"dtype", "int4"}, {"shape", shape}}));
-    EXPECT_EQ(tensors["head"], nlohmann::json({{"name", "head"}, {"dtype", "int8"}, {"shape", {48, 260}}}));
+    EXPECT_EQ(tensors["head"], nlohmann::json({{"name", "head"}, {"dtype", "int8"}, {"shape", {260, 48}}}));
     EXPECT_EQ(tensors["embed"], nlohmann::json({{"name", "embed"}, {"dtype", "int8"}, {"shape", {260, 48}}}));
     EXPECT_EQ(read_json(made + "/config.json")["larosa"]["weights"], "int4");
     const Outcome bench = run({"bench", made, "-p", "8", "-n", "4", "-r", "1", "-o", "json"});

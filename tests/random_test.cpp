@@ -55,7 +55,7 @@ TEST(RandomModel, TypesOfEachClass) {
   EXPECT_EQ(quiet.layers[1].weights[Projection::gate].dtype, DType::int4);
   EXPECT_EQ(quiet.layers[1].adapter.weight.dtype, DType::int8);
   EXPECT_EQ(quiet.outer.head.dtype, DType::int8);
-  EXPECT_EQ(quiet.outer.head.layout, Layout::channels);
+  EXPECT_EQ(quiet.outer.head.layout, Layout::rows);
   EXPECT_EQ(quiet.outer.embed.layout, Layout::rows);
   const Model chosen = make({DType::int8, 1, DType::bf16, DType::f16});
   EXPECT_EQ(chosen.layers[1].adapter.weight.dtype, DType::bf16);

@@ -2,11 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "backend/algebra.h"
 #include "base/error.h"
-#include "base/progress.h"
 #include "base/quant.h"
 #include "base/thread_pool.h"
 #include "model/model.h"
@@ -278,30 +276,6 @@ Matrix fold_rows(const Weight& table, int64_t first, int64_t count, const float*
     }
   });
   return basis.empty() ? m : algebra.multiply(m, basis);
-}
-
-FoldedTensor fold_columns(const std::string& name, const Weight& table, const float* gain,
-                          const Matrix& basis, DType dtype, Algebra& algebra, ThreadPool& pool) {
-  constexpr int64_t kRows = 32 * kQuantBlock;
-  const SafetensorsWriter::Entry entry = stored_entry(name, dtype, table.in, table.out);
-  FoldedTensor tensor{name, entry.dtype, entry.shape, {}};
-  const int64_t line = line_bytes(dtype, table.out);
-  tensor.bytes.resize(static_cast<size_t>(table.in * line));  // zeros: the lines' padding
-  for (int64_t first = 0; first < table.out; first += kRows) {
-    throw_if_interrupted();
-    const int64_t count = std::min(kRows, table.out - first);
-    const Matrix rows = fold_rows(table, first, count, gain, basis, algebra, pool);
-    pool.split(table.in, 1, [&](int64_t begin, int64_t end) {
-      std::vector<double> column(static_cast<size_t>(count));
-      std::vector<float> values(column.size());
-      for (int64_t i = begin; i < end; ++i) {
-        for (int64_t t = 0; t < count; ++t) column[static_cast<size_t>(t)] = rows.row(t)[i];
-        narrow(name, column, values.data());
-        quantise_part(values.data(), first, count, table.out, dtype, tensor.bytes.data() + i * line);
-      }
-    });
-  }
-  return tensor;
 }
 
 }  // namespace larosa

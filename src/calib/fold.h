@@ -72,11 +72,6 @@ void fold_layer(const FoldJob& job, int64_t l, Algebra& algebra, ThreadPool& poo
 Matrix fold_rows(const Weight& table, int64_t first, int64_t count, const float* gain, const Matrix& basis,
                  Algebra& algebra, ThreadPool& pool);
 
-/// The whole table, folded like that, as quantised lines of its columns: (dim, vocab) channels. Takes the
-/// lines' bytes of memory.
-FoldedTensor fold_columns(const std::string& name, const Weight& table, const float* gain,
-                          const Matrix& basis, DType dtype, Algebra& algebra, ThreadPool& pool);
-
 /// True when folding rewrites the stream's basis (so embedding, head and gains must follow).
 inline bool rewrites_stream(Form form, const Bases& bases) {
   return form == Form::folded && !bases.stream.empty();

@@ -57,6 +57,8 @@ void write_config(const SparsifyJob& job) {
   std::ifstream in(fs::path(job.options.source) / "config.json");
   nlohmann::json config = nlohmann::json::parse(in);
   config["architectures"] = {"LarosaForCausalLM"};
+  const auto stored = Checkpoint::open_file(shard_path(job, 0).string()).names();
+  config["tie_word_embeddings"] = std::find(stored.begin(), stored.end(), "head") == stored.end();
   config["larosa"] = {{"version", kPlanVersion},
                       {"method", plan.method},
                       {"form", plan.form},
@@ -131,13 +133,9 @@ void write_outer(SparsifyJob& job) {
   const bool rewrites = rewrites_stream(job.choice.form, first);
   const DType embed = job.options.types.embed.value_or(outer.embed.dtype);
   const DType head = job.options.types.head.value_or(outer.head.dtype);
-  // A quantised head is read by channels, the embedding by rows: they are never one tensor.
-  const bool untied = rewrites || outer.head.data != outer.embed.data || head != embed || quantised(head);
+  const bool untied = rewrites || outer.head.data != outer.embed.data || head != embed;
   std::vector<SafetensorsWriter::Entry> entries = {stored_entry("embed", embed, config.vocab, config.dim)};
-  if (untied) {
-    entries.push_back(quantised(head) ? stored_entry("head", head, config.dim, config.vocab)
-                                      : stored_entry("head", head, config.vocab, config.dim));
-  }
+  if (untied) entries.push_back(stored_entry("head", head, config.vocab, config.dim));
   const bool keeps_gain = !rewrites && outer.norm_out;
   if (keeps_gain) entries.push_back({"norm_out", DType::f32, {config.dim}});
   auto metadata = shard_metadata(job);
@@ -145,15 +143,9 @@ void write_outer(SparsifyJob& job) {
   const std::string temporary = path.string() + ".tmp";
   SafetensorsWriter writer(temporary, entries, metadata);
   write_table(job, writer, "embed", outer.embed, nullptr, first.stream, embed);
-  const Matrix& final_basis = last.last();
-  const float* gain = rewrites ? outer.norm_out : nullptr;
-  if (untied && quantised(head)) {
-    const FoldedTensor columns =
-        fold_columns("head", outer.head, gain, final_basis, head, *job.algebra, job.pool);
-    writer.write("head", 0, columns.bytes.data(), static_cast<int64_t>(columns.bytes.size()));
-    job.release(outer.head);
-  } else if (untied) {
-    write_table(job, writer, "head", outer.head, gain, final_basis, head);
+  if (untied) {
+    const float* gain = rewrites ? outer.norm_out : nullptr;
+    write_table(job, writer, "head", outer.head, gain, last.last(), head);
   }
   if (keeps_gain) writer.write("norm_out", 0, outer.norm_out, config.dim * 4);
   writer.finish();

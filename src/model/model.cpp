@@ -129,12 +129,8 @@ Layer load_stored_layer(const Checkpoint& checkpoint, const ModelConfig& config,
 OuterWeights load_stored_outer(const Checkpoint& checkpoint, const ModelConfig& config) {
   OuterWeights outer;
   outer.embed = stored_weight(checkpoint, "embed", config.dim, config.vocab, Layout::rows);
-  outer.head = outer.embed;
-  if (checkpoint.find_bytes("head")) {
-    outer.head = stored_weight(checkpoint, "head", config.dim, config.vocab, Layout::channels);
-  } else if (quantised(outer.embed.dtype) || checkpoint.find("head")) {
-    outer.head = plain_weight(checkpoint, "head", config.dim, config.vocab, Layout::rows);
-  }
+  outer.head =
+      config.tied ? outer.embed : stored_weight(checkpoint, "head", config.dim, config.vocab, Layout::rows);
   outer.norm_out = optional_vector(checkpoint, "norm_out", config.dim, outer.owned);
   return outer;
 }

@@ -236,11 +236,8 @@ Model make_random_model(const ModelConfig& c, const Plan& plan, const RandomOpti
   Filler filler(model, options, pool);
   const DType adapters = options.adapters.value_or(companion(options.weights));
   const DType head = options.head.value_or(companion(options.weights));
-  const bool by_channels = quantised(head);
   model.outer.embed = filler.weight(c.dim, c.vocab, head, Layout::rows);
-  model.outer.head = c.tied && !by_channels
-                         ? model.outer.embed
-                         : filler.weight(c.dim, c.vocab, head, by_channels ? Layout::channels : Layout::rows);
+  model.outer.head = c.tied ? model.outer.embed : filler.weight(c.dim, c.vocab, head, Layout::rows);
   model.outer.norm_out = filler.ones(c.dim);
   for (const LayerPlan& layer_plan : plan.layers) {
     Layer layer;

@@ -22,7 +22,7 @@ struct RandomOptions {
 /// must fit the shape; adapters and score weights are made where it asks for them, run-time bases are not:
 /// Error). Values keep a vector's size about as it is, so that activations stay finite through any number of
 /// layers. Equal options give equal models, whatever the thread count. Takes the bytes of
-/// model_bytes. A quantised head is never the tied embedding: it is read by channels.
+/// model_bytes.
 Model make_random_model(const ModelConfig& config, const Plan& plan, const RandomOptions& options,
                         ThreadPool& pool);
 

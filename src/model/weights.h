@@ -28,7 +28,7 @@ struct LayerWeights {
 /// What surrounds the layers.
 struct OuterWeights {
   Weight embed;                     // (vocab, dim), rows
-  Weight head;                      // (vocab, dim), rows; equals embed when tied; quantised: channels
+  Weight head;                      // (vocab, dim), rows; equals embed when tied
   const float* norm_out = nullptr;  // (dim) gain, null: ones
   std::vector<std::unique_ptr<float[]>> owned;
 };

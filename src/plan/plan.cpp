@@ -179,7 +179,7 @@ Plan plan_from_json(const std::string& text, const std::string& source) {
   const Fields j(object, name);
   if (j.get("version") != kPlanVersion)
     j.refuse("version", "expected " + std::to_string(kPlanVersion) +
-                            ": other versions fold weights otherwise; sparsify the source again");
+                            ": other versions fold or store weights otherwise; sparsify the source again");
   Plan plan;
   plan.method = j.text("method");
   plan.form = j.text("form");

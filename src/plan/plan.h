@@ -12,8 +12,9 @@
 
 namespace larosa {
 
-/// Of what sparsify writes, finished or not. 2: adapters turn the skip path alone.
-inline constexpr int kPlanVersion = 2;
+/// Of what sparsify writes, finished or not. 2: adapters turn the skip path alone. 3: a quantised head by
+/// outputs, config.json's tie_word_embeddings as stored.
+inline constexpr int kPlanVersion = 3;
 
 enum class Select { all, topk, threshold };
 
