@@ -281,7 +281,7 @@ class BusyStream {
 /// Top-K where no product makes it on the way.
 void print_topk(const Flags& f, Backend& backend) {
   constexpr int64_t kLaunches = 256;
-  const std::vector<int64_t> lengths = {4096, 11008, 14336};
+  const std::vector<int64_t> lengths = {4096, 8192, 11008, 14336, 18944, 28672};
   std::printf(
       "\n## Top-K as a launch of its own\n\nOne row with score weights. \"device\": launches "
       "queued "

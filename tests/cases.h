@@ -257,9 +257,10 @@ inline constexpr float kInf = std::numeric_limits<float>::infinity();
 inline constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 inline constexpr float kTiny = std::numeric_limits<float>::denorm_min();
 
-/// Random, ties, equal, zeros, special values, wide range.
+/// Random, ties, equal, zeros, special values, wide range, random with four of each, a quarter of the row
+/// apart.
 inline Rows hard_rows(int64_t n, Random& random) {
-  Rows rows(6, n);
+  Rows rows(7, n);
   const float special[] = {0.0f,  -0.0f, kTiny, -kTiny, 3 * kTiny, kInf,
                            -kInf, kNan,  -kNan, 1.0f,   -1.0f,     1e30f};
   for (int64_t i = 0; i < n; ++i) {
@@ -269,6 +270,8 @@ inline Rows hard_rows(int64_t n, Random& random) {
     rows.mat.row(3)[i] = i % 2 ? 0.0f : -0.0f;
     rows.mat.row(4)[i] = special[random.below(std::size(special))];
     rows.mat.row(5)[i] = random.normal() * std::exp(20 * random.normal());
+    const int64_t quarter = (n + 3) / 4;
+    rows.mat.row(6)[i] = i < quarter ? random.normal() : rows.at(6, i - quarter);
   }
   return rows;
 }

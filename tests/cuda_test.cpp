@@ -242,13 +242,14 @@ TEST_F(Cuda, SkipsAreAdded) {
 
 TEST_F(Cuda, SelectionsMatchRef) {
   Random random(11);
-  for (const int64_t n : {1, 2, 33, 257, 4096, 4099, 14336, 33000}) {
+  for (const int64_t n : {1, 2, 33, 257, 4096, 4099, 8200, 14336, 18947, 33000}) {
     const Rows x = hard_rows(n, random);
     std::vector<float> scale(static_cast<size_t>(n));
     for (float& s : scale) s = std::fabs(random.normal());
     const DeviceRows device(cuda(), x);
     const DeviceFloats device_scale(cuda(), scale);
-    const auto kept = cuda().make_selection(6, n), expected = ref_->make_selection(6, n);
+    const int64_t all = x.mat.rows;
+    const auto kept = cuda().make_selection(all, n), expected = ref_->make_selection(all, n);
     const auto compare = [&](int64_t first, int64_t rows) {
       const Rows truth(rows, n);
       ref_->expand(*expected, truth.mat);
@@ -258,8 +259,8 @@ TEST_F(Cuda, SelectionsMatchRef) {
       EXPECT_EQ(bits_differ(found.back().mat, truth.mat), 0) << n << " rows " << rows << " from " << first;
     };
     const auto each = [&](const auto& body) {
-      body(0, 6);
-      for (int64_t t = 0; t < 6; ++t) body(t, 1);
+      body(0, all);
+      for (int64_t t = 0; t < all; ++t) body(t, 1);
     };
     for (const bool scaled : {false, true}) {
       const float* there = scaled ? device_scale.get() : nullptr;
@@ -295,7 +296,7 @@ TEST_F(Cuda, FusedSelectionsMatchRef) {
     const DeviceRows y(cuda(), Rows(1, 64));
     const Product product{weight.weight, y.mat, false};
     const auto kept = cuda().make_selection(1, n), expected = ref_->make_selection(1, n);
-    for (int64_t t = 0; t < 6; ++t) {
+    for (int64_t t = 0; t < x.mat.rows; ++t) {
       for (const bool scaled : {false, true}) {
         for (const int64_t keep : keeps(n)) {
           // Twice: the second one starts from the very cut, among its bins; the first from that of another

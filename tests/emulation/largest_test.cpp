@@ -54,7 +54,7 @@ TEST_F(EmulatedLargest, OfManyStretches) {
   EXPECT_FALSE(cuda::finds_largest(longest, cuda::kMostLargest + 1));
   for (const int64_t n : {int64_t{16385}, int64_t{151937}, longest}) {
     const Rows rows = rows_of_logits(n, random_);
-    for (const int64_t t : {1, 6, 8}) {
+    for (const int64_t t : {1, 7, 9}) {
       SCOPED_TRACE(std::to_string(n) + " row " + std::to_string(t));
       EXPECT_EQ(first_difference(largest(rows.mat.slice(t, 1), cuda::kMostLargest),
                                  sorted_entries(rows.mat.row(t), n)),

@@ -17,7 +17,7 @@ struct Stream {
   int device = 0;
   int multiprocessors = 0;
   int shared_bytes = 0;    // a block's dynamic shared memory, beside kStaticShared
-  bool dependent = false;  // programmatic dependent launch (compute capability 9.0)
+  bool dependent = false;  // programmatic dependent launch, clusters (compute capability 9.0)
 };
 
 /// Room for what kernels declare themselves.

@@ -80,6 +80,23 @@ struct Vectors {
       }
     }
   }
+  __device__ void store(float* to, int cols) const {
+    if (reinterpret_cast<uintptr_t>(to) % 16 == 0 && cols % 4 == 0) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+        if (at.entry(v, 0) < cols)
+          reinterpret_cast<float4*>(to)[at.vector(v)] = {x[v][0], x[v][1], x[v][2], x[v][3]};
+      }
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (at.entry(v, i) < cols) to[at.entry(v, i)] = x[v][i];
+        }
+      }
+    }
+  }
   /// Beyond the row are vectors of +0.
   __device__ void clear_beyond(int cols) {
 #pragma unroll
@@ -98,11 +115,15 @@ struct Vectors {
     return block_reduce<kRowThreads>(sum, reduced, Add());
   }
 };
+/// Who else looks for the row's cut: nobody (select.cuh).
+struct Alone;
+
 /// The keys of a row in a block's registers. Nothing is asked of an entry whether it is there. Keys in shared
 /// memory, which every pass read again, took twice as long (4096 entries with norm and selection 3.7 µs, 1.9
 /// from registers; 11008 without a norm 5.4 and 2.7).
-template <int kVectors>
+template <int kVectors, class Sharing = Alone>
 struct HeldKeys {
+  using Blocks = Sharing;
   static constexpr int kBinBits = kVectors <= 2 ? 11 : 12;  // more are summed up more slowly
 
   Places<kVectors> at;
@@ -152,7 +173,9 @@ __device__ void with_vectors(int cols, const Use& use) {
 }
 
 /// A row in memory, of any length; its keys are made anew in every pass.
+template <class Sharing>
 struct MemoryRow {
+  using Blocks = Sharing;
   static constexpr int kBinBits = 12;
 
   const float* x;

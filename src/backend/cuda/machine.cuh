@@ -127,6 +127,27 @@ __device__ inline bool receive(const uint64_t* from, uint32_t stamp, float& valu
   return message >> 32 == stamp;
 }
 
+/// A barrier of all threads of a cluster of blocks (compute capability 9.0), in two halves: what was done
+/// before arriving, in any of their memories, is seen after the wait.
+__device__ inline void arrive_at_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ inline void wait_for_cluster() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+/// Where the cluster's block `rank` has what this one has at p in its shared memory.
+template <class T>
+__device__ T* in_block(T* p, int rank) {
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.u64 %0, %0, %1;" : "+l"(p) : "r"(rank));
+#endif
+  return p;
+}
+
 /// Adds one; what was written before is seen by who finds it.
 __device__ inline void count(uint32_t* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");

@@ -10,9 +10,10 @@ namespace larosa::cuda {
 __host__ __device__ inline int factors_bytes(int cols) {
   return vectors_for(cols) * 16 * kRowThreads;
 }
-/// Starts copying it. A thread copies what it multiplies with, and beyond the row puts zeros.
-__device__ inline void fetch_factors(const float* from, int cols, float* to) {
-  const int vectors = vectors_for(cols), first = first_vector(vectors);
+/// Starts copying it, for threads of so many vectors. A thread copies what it multiplies with, and beyond the
+/// row puts zeros.
+__device__ inline void fetch_factors(const float* from, int cols, int vectors, float* to) {
+  const int first = first_vector(vectors);
   const bool whole = reinterpret_cast<uintptr_t>(from) % 16 == 0 && cols % 4 == 0;
 #pragma unroll 1
   for (int e = first * 4; e < (first + vectors * kWarp) * 4; e += 4 * kWarp) {
@@ -82,8 +83,8 @@ __device__ inline List list_of(const RowMemory& memory, int cols) {
 
 /// What a row needs besides its input, before that is there, and before a barrier.
 __device__ inline void begin_row(const Input& in, const RowMemory& memory) {
-  if (memory.gain >= 0) fetch_factors(in.gain, in.cols, floats_at(memory.gain));
-  if (memory.scale >= 0) fetch_factors(in.scale, in.cols, floats_at(memory.scale));
+  if (memory.gain >= 0) fetch_factors(in.gain, in.cols, vectors_for(in.cols), floats_at(memory.gain));
+  if (memory.scale >= 0) fetch_factors(in.scale, in.cols, vectors_for(in.cols), floats_at(memory.scale));
   if (in.select != Selects::topk) return;
   clear_bins(memory.list);
   // Once for a block: its first one may leave the next guess meanwhile. Not by the thread that waits for the

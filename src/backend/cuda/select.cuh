@@ -46,6 +46,17 @@ __device__ inline int before_warp(const int* sums, int end) {
   return __reduce_add_sync(~0u, lane() < end ? sums[lane()] : 0);
 }
 
+/// Sum of the warp's values up to the thread's.
+__device__ inline int sum_to_lane(int own) {
+  int through = own;
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+    const int before = __shfl_up_sync(~0u, through, step);
+    if (lane() >= step) through += before;
+  }
+  return through;
+}
+
 /// Before a barrier, and before find_cut. bins: their offset in the block's memory.
 __device__ inline void clear_bins(int bins) {
   auto& s = select_scratch();
@@ -54,6 +65,50 @@ __device__ inline void clear_bins(int bins) {
   for (int i = 0; i < kMostBins / 4 / kRowThreads; ++i) four[i * kRowThreads + threadIdx.x] = {0, 0, 0, 0};
   if (threadIdx.x == 0) s.found = -1, s.members = 0;
 }
+
+/// Adds those at `bins` to a thread's bins, whose order is from the top.
+template <int kBins>
+__device__ void add_bins(const int4* bins, int (&count)[kBins]) {
+#pragma unroll
+  for (int i = 0; i < kBins; i += 4) {
+    const int4 four = bins[(kBins - 4 - i) / 4];
+    count[i] += four.w, count[i + 1] += four.z, count[i + 2] += four.y, count[i + 3] += four.x;
+  }
+}
+
+/// The blocks that look for a row's cut together, each in a part of the row: here one that has all of it.
+/// More of them do the same search with these steps filled in (cluster.cuh).
+struct Alone {
+  static constexpr int kBlocks = 1;
+
+  /// Until every thread of every block is here. From then on all see what they have written to their memory.
+  __device__ static void sync() { __syncthreads(); }
+  /// Where the first block has what this one has at p.
+  template <class T>
+  __device__ static T* in_first(T* p) {
+    return p;
+  }
+  /// Entries of the row in the thread's bins, in higher ones, and above all bins (by warps in
+  /// SelectScratch::count). count: the thread's bins, which are at `bins`; own: their sum. Both become the
+  /// row's where the cut is.
+  template <int kBins>
+  __device__ static int through(int (&)[kBins], int& own, const int4*, int) {
+    auto& s = select_scratch();
+    int through = sum_to_lane(own);
+    if (lane() == kWarp - 1) s.of_warp[warp()] = through;
+    __syncthreads();
+    through += before_warp(s.count, kRowWarps) + before_warp(s.of_warp, warp());
+    return through;
+  }
+  /// The sum of every thread's number.
+  __device__ static int sum(int own) { return block_reduce<kRowThreads>(own, select_scratch().count, Add()); }
+  /// Of the row's first `count` entries of a kind, of which a thread has own(), those that the blocks before
+  /// leave.
+  template <class Own>
+  __device__ static int share(int count, const Own&) {
+    return count;
+  }
+};
 
 /// The bin that a cut is in, of `1 << shift` keys from `base` on: entries that it holds, and how many of them
 /// are kept; held 0: the cut is in no bin.
@@ -79,24 +134,13 @@ __device__ Bin bin_of_cut(const Row& row, int bins, int keep, int low, int shift
   above = __reduce_add_sync(~0u, above);
   if (lane() == 0) s.count[warp()] = above;
   __syncthreads();
-  int count[kOwn], own = 0;  // from the top
+  int count[kOwn] = {}, own = 0;
   const int first = kBins - (static_cast<int>(threadIdx.x) + 1) * kOwn;
-#pragma unroll
-  for (int i = 0; i < kOwn; i += 4) {
-    const int4 four = *reinterpret_cast<const int4*>(block_memory() + bins + (first + kOwn - 4 - i) * 4);
-    count[i] = four.w, count[i + 1] = four.z, count[i + 2] = four.y, count[i + 3] = four.x;
-  }
+  const auto* const of_thread = reinterpret_cast<const int4*>(block_memory() + bins + first * 4);
+  add_bins(of_thread, count);
 #pragma unroll
   for (const int n : count) own += n;
-  int through = own;
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int before = __shfl_up_sync(~0u, through, step);
-    if (lane() >= step) through += before;
-  }
-  if (lane() == kWarp - 1) s.of_warp[warp()] = through;
-  __syncthreads();
-  through += before_warp(s.count, kRowWarps) + before_warp(s.of_warp, warp());
+  const int through = Row::Blocks::through(count, own, of_thread, keep);
   if (through - own < keep && keep <= through) {
     const int wanted = keep - (through - own);
     int at = 0, before = 0, held = count[0], sum = 0;
@@ -119,6 +163,11 @@ __device__ Bin bin_of_cut(const Row& row, int bins, int keep, int low, int shift
 template <class Row>
 __device__ int end_of_ties(const Row& row, int cols, int key, int ties) {
   auto& s = select_scratch();
+  ties = Row::Blocks::share(ties, [&] {
+    int own = 0;
+    row.each([&](int, int other) { own += other == key; });
+    return own;
+  });
   int low = 0, high = cols;
 #pragma unroll 1
   while (low < high) {
@@ -144,13 +193,13 @@ __device__ Cut ranked_cut(const Row& row, int cols, const Bin& bin, int shift) {
   int own = 0;
   row.each([&](int, int key) { own += in_bin(key); });
   if (own > 0) {  // of few threads
-    int place = atomicAdd(&s.members, own);
+    int place = atomicAdd(Row::Blocks::in_first(&s.members), own);
     row.each([&](int, int key) {
-      if (in_bin(key)) s.member[place++] = key;
+      if (in_bin(key)) *Row::Blocks::in_first(&s.member[place++]) = key;
     });
   }
-  __syncthreads();
-  const int mine = lane() < bin.held ? s.member[lane()] : -1;
+  Row::Blocks::sync();
+  const int mine = lane() < bin.held ? *Row::Blocks::in_first(&s.member[lane()]) : -1;
   int greater = 0, equal = 0;
 #pragma unroll 1
   for (int i = 0; i < bin.held; ++i) {
@@ -187,7 +236,7 @@ __device__ Cut find_cut(const Row& row, int cols, int bins, int keep, int guess)
     } else {
       low = bin.base, shift = max(shift - kBits, 0);
     }
-    __syncthreads();  // everybody has read where the cut was
+    Row::Blocks::sync();  // everybody has read where the cut was
     clear_bins(bins);
     __syncthreads();
   }
@@ -214,7 +263,7 @@ __device__ int count_kept(const Row& row, const Input& in, const Cut& cut) {
   int kept = 0;
   row.each([&](int e, int key) { kept += cut.keeps(e, key) && e < in.cols; });
   __syncthreads();
-  return block_reduce<kRowThreads>(kept, select_scratch().count, Add());
+  return Row::Blocks::sum(kept);
 }
 
 /// take(place, e, x) of what is not zero in a share of a row in memory, in order; returns how many these are.

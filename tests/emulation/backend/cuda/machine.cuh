@@ -53,8 +53,14 @@ char* block_memory();
 /// `bytes` of the block's own shared memory, for `key`; what is in them at first is nobody's.
 void* block_object(const void* key, size_t bytes);
 
-/// Every block of a grid, side by side.
-void run(dim3 blocks, int threads, int64_t shared, const std::function<void()>& kernel);
+/// A barrier of the blocks of a cluster, in two halves.
+void arrive_at_cluster();
+void wait_for_cluster();
+/// What the cluster's block `rank` has for p, which is in this one's shared memory.
+void* in_block(const void* p, int rank);
+
+/// Every block of a grid, side by side, clusters of so many with neighbours.
+void run(dim3 blocks, unsigned cluster, int threads, int64_t shared, const std::function<void()>& kernel);
 
 template <class T>
 uint64_t bits_of(T v) {
@@ -260,6 +266,16 @@ inline bool receive(const uint64_t* from, uint32_t stamp, float& value) {
   emulation::yield();
   value = __uint_as_float(static_cast<uint32_t>(*from));
   return *from >> 32 == stamp;
+}
+inline void arrive_at_cluster() {
+  emulation::arrive_at_cluster();
+}
+inline void wait_for_cluster() {
+  emulation::wait_for_cluster();
+}
+template <class T>
+T* in_block(T* p, int rank) {
+  return static_cast<T*>(emulation::in_block(p, rank));
 }
 inline void count(uint32_t* counter) {
   ++*counter;
