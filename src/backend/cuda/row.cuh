@@ -30,9 +30,13 @@ __device__ inline void fetch_factors(const float* from, int cols, int vectors, f
     }
   }
 }
-/// Once its copies are there, for the thread: x times vector `vector`, which is the thread's.
+/// Vector `vector` of it, which is the thread's, once its copies are there.
+__device__ inline float4 factors_at(int factors, int vector) {
+  return reinterpret_cast<const float4*>(block_memory() + factors)[vector];
+}
+/// x times these.
 __device__ inline void multiply_by(int factors, int vector, float (&x)[4]) {
-  const float4 by = reinterpret_cast<const float4*>(block_memory() + factors)[vector];
+  const float4 by = factors_at(factors, vector);
   x[0] = __fmul_rn(x[0], by.x), x[1] = __fmul_rn(x[1], by.y);
   x[2] = __fmul_rn(x[2], by.z), x[3] = __fmul_rn(x[3], by.w);
 }
@@ -103,18 +107,19 @@ __device__ int list_kept(const Places<kVectors>& at, const float (&x)[kVectors],
   int count = 0;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    mask[v] = __ballot_sync(~0u, kept(v) && at.entry(v, rank) < cols && __float_as_uint(x[v]) != 0);
+    mask[v] = __ballot_sync(~0u, kept(v) & (at.entry(v, rank) < cols) & (__float_as_uint(x[v]) != 0));
     count += __popc(mask[v]);
   }
   if (lane() == 0) s.of_warp[warp()] = count;
   __syncthreads();
-  int place = before_warp(s.of_warp, warp());
+  const int listed = lane() < kRowWarps ? s.of_warp[lane()] : 0;
+  int place = __reduce_add_sync(~0u, lane() < warp() ? listed : 0);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     if (mask[v] >> lane() & 1) list.put(place + __popc(mask[v] & below), at.entry(v, rank), x[v]);
     place += __popc(mask[v]);
   }
-  return before_warp(s.of_warp, kRowWarps);
+  return __reduce_add_sync(~0u, listed);
 }
 
 /// A block's own channels of a row of which all counts.
@@ -194,9 +199,10 @@ __device__ Channels held_row(const Input& in, const RowMemory& memory, int rank)
   HeldKeys<kVectors> keys{row.at, {}};
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    if (memory.scale >= 0) multiply_by(memory.scale, row.at.vector(v), row.x[v]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) keys.key[v][i] = score_key(row.x[v][i]);
+    float4 by{1, 1, 1, 1};
+    if (memory.scale >= 0) by = factors_at(memory.scale, row.at.vector(v));
+    keys.key[v][0] = magnitude(row.x[v][0], by.x), keys.key[v][1] = magnitude(row.x[v][1], by.y);
+    keys.key[v][2] = magnitude(row.x[v][2], by.z), keys.key[v][3] = magnitude(row.x[v][3], by.w);
   }
   const Cut cut = cut_of(keys, in, memory.list, select_scratch().guess);
   const auto kept = [&](int v) { return cut.keeps(row.at.entry(v, rank), pick_of(keys.key[v], rank)); };

@@ -51,13 +51,12 @@ __global__ void __launch_bounds__(kRowThreads)
 #pragma unroll
         for (int i = 0; i < 4; ++i) keys.key[v][i] = row.at.entry(v, i) < cols ? score_key(score[i]) : -1;
       }
-      // What Cut::keeps says, which was a branch for every entry.
       const auto write = [&](const Cut& cut) {
 #pragma unroll
         for (int v = 0; v < n.value; ++v) {
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            row.x[v][i] = keys.key[v][i] - (row.at.entry(v, i) >= cut.end) >= cut.key ? row.x[v][i] : 0;
+            row.x[v][i] = cut.keeps(row.at.entry(v, i), keys.key[v][i]) ? row.x[v][i] : 0;
         }
         row.store(to, cols);
       };

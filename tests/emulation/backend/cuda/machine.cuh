@@ -224,11 +224,16 @@ inline int thread_anew() {
 class SharedCounters {
  public:
   explicit SharedCounters(int* first) : first_(first) {}
-  void add_one(unsigned i) const { ++first_[i]; }
+  void add_one(int i) const { ++first_[i]; }
 
  private:
   int* first_;
 };
+
+inline int magnitude(float x, float by) {
+  const float product = std::fabs(x * by);
+  return isnan(product) ? 0x7fffffff : std::bit_cast<int>(product);
+}
 
 /// p, which must be aligned to `bytes`.
 inline const void* aligned_to(const void* p, size_t bytes) {
