@@ -81,7 +81,7 @@ inline std::vector<std::string> isas() {
   if (!forced.empty()) return {forced};
   std::vector<std::string> found;
   ThreadPool pool(1);
-  for (const char* name : {"avx512vnni", "zen5", "avx512", "avx2", "neon", "portable"}) {
+  for (const char* name : {"avx512vnni", "zen5", "intel", "avx512", "avx2", "neon", "portable"}) {
     setenv("LAROSA_ISA", name, 1);
     try {
       make_cpu_backend({}, pool);

@@ -198,8 +198,8 @@ struct CpuOptions {
 };
 
 /// The fast CPU backend: Highway kernels with run-time dispatch, oneDNN for many rows. The environment
-/// variable LAROSA_ISA (portable, avx2, avx512, avx512vnni, zen5; neon on Arm) forces an instruction set; an
-/// unknown or unsupported one throws Error.
+/// variable LAROSA_ISA (portable, avx2, avx512, avx512vnni, zen5, intel; neon on Arm) forces an instruction
+/// set; an unknown or unsupported one throws Error.
 std::unique_ptr<Backend> make_cpu_backend(const CpuOptions& options, ThreadPool& pool);
 
 struct CudaOptions {

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include "backend/cpu/chain-inl.h"
 #include "backend/cpu/kernels.h"
+#include "backend/cpu/reading-inl.h"
 #include "backend/cpu/rows-inl.h"
 #include "backend/cpu/simd-inl.h"
 
@@ -71,30 +72,44 @@ void pack_input(const float* x, DType dtype, int64_t n, float* packed) {
   }
 }
 
-/// Calls body(dot): dot(j) is row j of a weight of any type against the packed x.
-template <class Body>
+/// Calls body(dot): dot.operator()<kRows>(j, next, y) makes y of rows j … j + kRows − 1 of a weight of any
+/// type against the packed x, and fetches as many from row `next` on where they are several.
+template <class Reading, class Body>
 HWY_INLINE void with_rows(const Weight& weight, const float* packed, const Body& body) {
-  const auto* const data = static_cast<const std::byte*>(weight.data);
   const int64_t n = weight.in, line = weight.line_bytes();
-  if (weight.dtype == DType::int8)
-    return body([=](int64_t j) HWY_ATTR { return dot_levels<DType::int8>(data + j * line, n, packed); });
-  if (weight.dtype == DType::int4)
-    return body([=](int64_t j) HWY_ATTR { return dot_levels<DType::int4>(data + j * line, n, packed); });
+  const auto levels = [&]<DType kType>() HWY_ATTR {
+    const auto* const data = static_cast<const std::byte*>(weight.data);
+    body([=]<int64_t kRows>(int64_t j, int64_t next, float* y) HWY_ATTR {
+      dot_levels<Reading, kType, kRows>(data + j * line, data + next * line, n, packed, y);
+    });
+  };
+  if (weight.dtype == DType::int8) return levels.template operator()<DType::int8>();
+  if (weight.dtype == DType::int4) return levels.template operator()<DType::int4>();
   with_format(weight.dtype, [&](auto format) HWY_ATTR {
     using Format = decltype(format);
-    const auto* const w = static_cast<const typename Format::Stored*>(weight.data);
-    body([=](int64_t j) HWY_ATTR { return dot_row<Format>(w + j * n, n, packed); });
+    const auto* const data = static_cast<const typename Format::Stored*>(weight.data);
+    body([=]<int64_t kRows>(int64_t j, int64_t next, float* y)
+             HWY_ATTR { dot_rows<Reading, Format, kRows>(data + j * n, data + next * n, n, packed, y); });
   });
 }
 
+template <class Reading>
 void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t end, bool accumulate,
                float* y) {
-  with_rows(weight, packed, [&](const auto& dot) HWY_ATTR {
-    for (int64_t j = begin; j < end; ++j) {
-      float v = dot(j);
-      if (weight.bias) v += weight.bias[j];
-      y[j] = accumulate ? v + y[j] : v;
-    }
+  with_rows<Reading>(weight, packed, [&](const auto& dot) HWY_ATTR {
+    const auto rows = [&]<int64_t kRows>(int64_t first) HWY_ATTR {
+      int64_t j = first;
+      for (; j + kRows <= end; j += kRows) {
+        float v[kRows];
+        dot.template operator()<kRows>(j, j + 2 * kRows <= end ? j + kRows : j, v);
+        for (int64_t r = 0; r < kRows; ++r) {
+          if (weight.bias) v[r] += weight.bias[j + r];
+          y[j + r] = accumulate ? v[r] + y[j + r] : v[r];
+        }
+      }
+      return j;
+    };
+    rows.template operator()<1>(rows.template operator()<Reading::kRows>(begin));
   });
 }
 
@@ -104,8 +119,8 @@ void gemv_outputs(const Weight& weight, const float* packed, const int32_t* inde
                   int64_t count, float* y) {
   const auto* const data = static_cast<const std::byte*>(weight.data);
   const int64_t line = weight.line_bytes();
-  with_rows(weight, packed, [&](const auto& dot) HWY_ATTR {
-    constexpr int64_t kAhead = 1024, kLine = 64;  // bytes
+  with_rows<AnyReading>(weight, packed, [&](const auto& dot) HWY_ATTR {
+    constexpr int64_t kAhead = 1024;  // bytes
     const int64_t ahead = std::min(kAhead, line);
     for (int64_t c = 0; c < count; ++c) {
       if (c + 1 < count) {
@@ -114,7 +129,8 @@ void gemv_outputs(const Weight& weight, const float* packed, const int32_t* inde
       }
       const int64_t j = index[c];
       if (value[c] == 0) continue;
-      float v = dot(j);
+      float v = 0;
+      dot.template operator()<1>(j, j, &v);
       if (weight.bias) v += weight.bias[j];
       y[j] = v;
     }
@@ -124,14 +140,13 @@ void gemv_outputs(const Weight& weight, const float* packed, const int32_t* inde
 }  // namespace
 
 void fill_gemv(Kernels& kernels) {
-  kernels.gemv_chain = chain<ReadMany>;
+  kernels.gemv_chain = chain<AnyReading>;
+  kernels.gemv_rows = gemv_rows<AnyReading>;
 #if HWY_TARGET == HWY_AVX3_DL
-  kernels.gemv_chain_zen5 = chain<ReadFew>;
-#else
-  kernels.gemv_chain_zen5 = chain<ReadMany>;
+  kernels.gemv_zen5 = {chain<Zen5Reading>, gemv_rows<Zen5Reading>};
+  kernels.gemv_intel = {chain<IntelReading>, gemv_rows<IntelReading>};
 #endif
   kernels.gemv_join = gemv_join;
-  kernels.gemv_rows = gemv_rows;
   kernels.gemv_outputs = gemv_outputs;
   kernels.pack_input = pack_input;
   kernels.target = hwy::TargetName(HWY_TARGET);

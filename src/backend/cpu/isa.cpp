@@ -14,11 +14,14 @@
 namespace larosa {
 namespace {
 
+/// Whose way to read memory (reading-inl.h).
+enum class Reader { any, zen5, intel };
+
 struct Isa {
   const char* name;
   int64_t targets;  // Highway's bits
   dnnl::cpu_isa onednn;
-  bool zen5 = false;  // its way to read channels, on whatever machine
+  Reader reader = Reader::any;  // on whatever machine
 };
 
 struct OneDnnIsa {
@@ -35,12 +38,13 @@ constexpr Isa kIsas[] = {{"neon", HWY_NEON, dnnl::cpu_isa::all}};
 // Arm's sets have numbers of x86's in oneDNN 2.6, and no names in its interface.
 constexpr OneDnnIsa kOneDnnIsas[] = {{0x1, "asimd"}, {0x3, "sve_128"}, {0x7, "sve_256"}, {0x1f, "sve_512"}};
 #elif HWY_ARCH_X86
-// avx512, avx512vnni and zen5 stand for all that the machine has for oneDNN: it then uses bf16 and AMX.
+// From avx512 on all that the machine has is oneDNN's: it then uses bf16 and AMX.
 constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::sse41},
                          {"avx2", HWY_AVX2, dnnl::cpu_isa::avx2},
                          {"avx512", HWY_AVX3, dnnl::cpu_isa::all},
                          {"avx512vnni", HWY_AVX3_DL | HWY_AVX3, dnnl::cpu_isa::all},
-                         {"zen5", HWY_AVX3_DL | HWY_AVX3, dnnl::cpu_isa::all, true}};
+                         {"zen5", HWY_AVX3_DL | HWY_AVX3, dnnl::cpu_isa::all, Reader::zen5},
+                         {"intel", HWY_AVX3_DL | HWY_AVX3, dnnl::cpu_isa::all, Reader::intel}};
 constexpr OneDnnIsa kOneDnnIsas[] = {{bits(dnnl::cpu_isa::sse41), "sse41"},
                                      {bits(dnnl::cpu_isa::avx), "avx"},
                                      {bits(dnnl::cpu_isa::avx2), "avx2"},
@@ -54,17 +58,19 @@ constexpr Isa kIsas[] = {{"portable", HWY_STATIC_TARGET, dnnl::cpu_isa::all}};
 constexpr OneDnnIsa kOneDnnIsas[] = {{0, "generic"}};
 #endif
 
-/// AMD's family 1Ah, its AVX-512 not hidden from us.
-bool on_zen5() {
+/// Whose AVX-512 with VNNI this is: AMD's family 1Ah, or Intel's.
+Reader find_reader() {
 #if HWY_ARCH_X86
-  if ((hwy::SupportedTargets() & HWY_AVX3_DL) == 0) return false;
+  if ((hwy::SupportedTargets() & HWY_AVX3_DL) == 0) return Reader::any;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return false;
-  const bool amd = ebx == signature_AMD_ebx && ecx == signature_AMD_ecx && edx == signature_AMD_edx;
-  if (!amd || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
-  return (eax >> 8 & 0xf) + (eax >> 20 & 0xff) == 0x1a;
+  if (!__get_cpuid(0, &eax, &ebx, &ecx, &edx)) return Reader::any;
+  const auto from = [&](unsigned b, unsigned c, unsigned d) { return ebx == b && ecx == c && edx == d; };
+  if (from(signature_INTEL_ebx, signature_INTEL_ecx, signature_INTEL_edx)) return Reader::intel;
+  if (!from(signature_AMD_ebx, signature_AMD_ecx, signature_AMD_edx)) return Reader::any;
+  if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return Reader::any;
+  return (eax >> 8 & 0xf) + (eax >> 20 & 0xff) == 0x1a ? Reader::zen5 : Reader::any;
 #else
-  return false;
+  return Reader::any;
 #endif
 }
 
@@ -101,10 +107,14 @@ Kernels choose_kernels() {
   fill_glu(kernels);
   fill_softmax(kernels);
   if (forced) hwy::SetSupportedTargetsForTest(0);
-  if (forced ? forced->zen5 : on_zen5()) {
-    kernels.gemv_chain = kernels.gemv_chain_zen5;
-    kernels.target = "AVX3_DL for Zen 5";
-  }
+  const auto read_by = [&](const Kernels::Gemv& gemv, const char* target) {
+    kernels.gemv_chain = gemv.chain;
+    kernels.gemv_rows = gemv.rows;
+    kernels.target = target;
+  };
+  const Reader reader = forced ? forced->reader : find_reader();
+  if (reader == Reader::zen5) read_by(kernels.gemv_zen5, "AVX3_DL for Zen 5");
+  if (reader == Reader::intel) read_by(kernels.gemv_intel, "AVX3_DL for Intel");
   return kernels;
 }
 

@@ -8,7 +8,7 @@
 namespace larosa {
 
 /// The kernels of the best instruction set here, or of the one that LAROSA_ISA names (portable, avx2,
-/// avx512, avx512vnni, zen5; neon on Arm); throws Error where that is unknown or not supported. oneDNN
+/// avx512, avx512vnni, zen5, intel; neon on Arm); throws Error where that is unknown or not supported. oneDNN
 /// follows, as far as it still can: it settles on an instruction set once per process.
 Kernels choose_kernels();
 

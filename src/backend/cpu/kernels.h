@@ -66,9 +66,6 @@ struct Kernels {
   /// 128, with room for a multiple of 128; begin at a multiple of 128.  w (in, out) channels
   void (*gemv_chain)(const Weight& w, const int32_t* index, const float* value, int64_t count, int64_t begin,
                      int64_t end, float* part);
-  /// The same bits, read from memory as Zen 5 wants it; choose_kernels() puts it in gemv_chain's place there.
-  void (*gemv_chain_zen5)(const Weight& w, const int32_t* index, const float* value, int64_t count,
-                          int64_t begin, int64_t end, float* part);
   /// y[j] = even[j − begin] + odd[j − begin] (+ bias[j]) (+ y[j]) for j in [begin, end): the parts of both
   /// chains.
   void (*gemv_join)(const Weight& w, const float* even, const float* odd, int64_t begin, int64_t end,
@@ -123,6 +120,15 @@ struct Kernels {
   /// y[i] = x[i] where kept[i] is zero (inverted: where it is not), else zero.
   void (*mask)(const float* kept, bool inverted, const float* x, int64_t n, float* y);
   void (*log_softmax)(int64_t n, float* x);
+
+  // -- gemv_chain and gemv_rows, the same bits, as certain processors want memory read (reading-inl.h)
+  // --------
+  struct Gemv {
+    decltype(Kernels::gemv_chain) chain;
+    decltype(Kernels::gemv_rows) rows;
+  };
+  /// Null without AVX-512 and VNNI; choose_kernels() puts them in place.
+  Gemv gemv_zen5, gemv_intel;
 
   const char* target = nullptr;  // Highway's name of the instruction set
 };

@@ -10,33 +10,52 @@
 #include <cmath>
 
 #include "backend/cpu/levels-inl.h"
+#include "backend/cpu/reading-inl.h"
 #include "backend/cpu/simd-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace larosa {
 namespace HWY_NAMESPACE {
 
-/// One row against x. Row after row is one stream of memory: 99 % of the read bandwidth, where four rows side
-/// by side reach 70 %. Two steps at a time keep four multiply-adds in flight.
-template <class Format>
-HWY_INLINE float dot_row(const typename Format::Stored* w, int64_t n, const float* x) {
+/// dot[r] = row r · x, of kRows rows that lie one behind the other. Side by side they are fetched meanwhile
+/// (reading-inl.h): the rest of these, then the beginnings of as many from `next` on. Two steps at a time
+/// keep four multiply-adds of a row in flight.
+template <class Reading, class Format, int64_t kRows>
+HWY_INLINE void dot_rows(const typename Format::Stored* w, const typename Format::Stored* next, int64_t n,
+                         const float* x, float* dot) {
+  using Stored = typename Format::Stored;
   const FloatTag d;
-  const int64_t step = 2 * lanes();
-  Floats a = hn::Zero(d), b = hn::Zero(d), c = hn::Zero(d), e = hn::Zero(d);
-  int64_t i = 0;
-  for (; i + 2 * step <= n; i += 2 * step) {
-    const Pair p = Format::load(w + i), q = Format::load(w + i + step);
-    a = hn::MulAdd(hn::LoadU(d, x + i), p.a, a);
-    b = hn::MulAdd(hn::LoadU(d, x + i + lanes()), p.b, b);
-    c = hn::MulAdd(hn::LoadU(d, x + i + step), q.a, c);
-    e = hn::MulAdd(hn::LoadU(d, x + i + step + lanes()), q.b, e);
+  const int64_t step = 2 * lanes(), whole = n / (2 * step) * (2 * step);
+  constexpr int64_t kSize = static_cast<int64_t>(sizeof(Stored));
+  const int64_t near = kRows > 1 ? std::min(Reading::near(Format::kType) / kSize, whole) : 0;
+  Floats a[kRows], b[kRows], c[kRows], e[kRows];
+  for (int64_t r = 0; r < kRows; ++r) a[r] = b[r] = c[r] = e[r] = hn::Zero(d);
+  // Inputs [begin, end); of the rows `fetched` as many, from their begin on.
+  const auto add = [&](int64_t begin, int64_t end, const Stored* fetched) HWY_ATTR {
+    for (int64_t i = begin; i < end; i += 2 * step) {
+      const Floats x0 = hn::LoadU(d, x + i), x1 = hn::LoadU(d, x + i + lanes());
+      const Floats x2 = hn::LoadU(d, x + i + step), x3 = hn::LoadU(d, x + i + step + lanes());
+      for (int64_t r = 0; r < kRows; ++r) {
+        const Pair p = Format::load(w + r * n + i), q = Format::load(w + r * n + i + step);
+        a[r] = hn::MulAdd(x0, p.a, a[r]);
+        b[r] = hn::MulAdd(x1, p.b, b[r]);
+        c[r] = hn::MulAdd(x2, q.a, c[r]);
+        e[r] = hn::MulAdd(x3, q.b, e[r]);
+        for (int64_t at = 0; kRows > 1 && at < 2 * step; at += kLine / kSize)
+          Reading::fetch(fetched + r * n + (i - begin) + at);
+      }
+    }
+  };
+  add(0, whole - near, w + near);
+  add(whole - near, whole, next);
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t i = whole; i < n; i += step) {
+      const Pair p = i + step <= n ? Format::load(w + r * n + i) : load_tail<Format>(w + r * n + i, n - i);
+      a[r] = hn::MulAdd(hn::LoadU(d, x + i), p.a, a[r]);
+      b[r] = hn::MulAdd(hn::LoadU(d, x + i + lanes()), p.b, b[r]);
+    }
+    dot[r] = hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(a[r], b[r]), hn::Add(c[r], e[r]))));
   }
-  for (; i < n; i += step) {
-    const Pair p = i + step <= n ? Format::load(w + i) : load_tail<Format>(w + i, n - i);
-    a = hn::MulAdd(hn::LoadU(d, x + i), p.a, a);
-    b = hn::MulAdd(hn::LoadU(d, x + i + lanes()), p.b, b);
-  }
-  return hn::GetLane(hn::SumOfLanes(d, hn::Add(hn::Add(a, b), hn::Add(c, e))));
 }
 
 // Quantised rows. As in channels, levels stay integers: x is rounded to a sign and 15 bits of the largest
@@ -180,32 +199,46 @@ HWY_INLINE void scale_units(const std::byte* scales, const float* units, int64_t
   }
 }
 
-/// One quantised row against x.
-template <DType kType>
-HWY_INLINE float dot_levels(const std::byte* line, int64_t n, const float* row) {
+/// As dot_rows, of quantised rows.
+template <class Reading, DType kType, int64_t kRows>
+HWY_INLINE void dot_levels(const std::byte* lines, const std::byte* next, int64_t n, const float* row,
+                           float* dot) {
   using Row = RoundedRow<kType>;
   constexpr int64_t kScales = 64, kGroups = Row::kGroups, kBlocks = kScales / kGroups;
+  constexpr bool kFetches = kRows > 1;
   const FloatTag d;
   const auto* const numbers = reinterpret_cast<const int16_t*>(row);
   const auto* const starts = reinterpret_cast<const int32_t*>(row + Row::starts(n));
   const float* const units = row + Row::units(n);
-  const std::byte* const scales = line + scales_offset(kType, n);
-  const int64_t blocks = padded_line(n) / kQuantBlock, bytes = scales_offset(kType, kQuantBlock);
-  HWY_ALIGN float scale[kScales];
-  Floats a = hn::Zero(d), b = hn::Zero(d);
+  const int64_t scales = scales_offset(kType, n), length = line_bytes(kType, n);
+  constexpr int64_t kBytes = scales_offset(kType, kQuantBlock);
+  const int64_t blocks = padded_line(n) / kQuantBlock;
+  const int64_t near = std::min(Reading::near(kType) / kBytes, blocks);
+  for (int64_t r = 0; kFetches && r < kRows; ++r)
+    for (int64_t at = scales; at < length; at += kLine) Reading::fetch(next + r * length + at);
+  HWY_ALIGN float scale[kRows][kScales];
+  Floats a[kRows], b[kRows];
+  for (int64_t r = 0; r < kRows; ++r) a[r] = b[r] = hn::Zero(d);
   for (int64_t first = 0; first < blocks; first += kBlocks) {
     const int64_t end = std::min(first + kBlocks, blocks), g = first * kGroups;
-    scale_units<kType>(scales + g * 2, units + g, (end - first) * kGroups, scale);
+    for (int64_t r = 0; r < kRows; ++r)
+      scale_units<kType>(lines + r * length + scales + g * 2, units + g, (end - first) * kGroups, scale[r]);
     for (int64_t i = first; i < end; ++i) {
-      const float* const of_block = scale + (i - first) * kGroups;
-      if constexpr (kType == DType::int8) {
-        add_int8(line + i * bytes, numbers + i * kQuantBlock, of_block, a, b);
-      } else {
-        add_int4(line + i * bytes, numbers + i * kQuantBlock, starts + i * Row::kStarts, of_block, a, b);
+      const std::byte* const ahead =
+          i + near < blocks ? lines + (i + near) * kBytes : next + (i + near - blocks) * kBytes;
+      for (int64_t r = 0; r < kRows; ++r) {
+        const float* const of_block = scale[r] + (i - first) * kGroups;
+        const std::byte* const block = lines + r * length + i * kBytes;
+        if constexpr (kType == DType::int8) {
+          add_int8(block, numbers + i * kQuantBlock, of_block, a[r], b[r]);
+        } else {
+          add_int4(block, numbers + i * kQuantBlock, starts + i * Row::kStarts, of_block, a[r], b[r]);
+        }
+        for (int64_t at = 0; kFetches && at < kBytes; at += kLine) Reading::fetch(ahead + r * length + at);
       }
     }
   }
-  return hn::GetLane(hn::SumOfLanes(d, hn::Add(a, b)));
+  for (int64_t r = 0; r < kRows; ++r) dot[r] = hn::GetLane(hn::SumOfLanes(d, hn::Add(a[r], b[r])));
 }
 
 // NOLINTNEXTLINE(google-readability-namespace-comments)
