@@ -119,16 +119,24 @@ class QuantisedPass {
     std::fill_n(part_, blocks_ * kQuantBlock, 0.0f);
     int64_t begin = 0, end = block_end(index, 0, count);
     fetch_scales(index, end);
+    if constexpr (Reading::kSpreads) spread(index, end, index_);
     while (begin < count) {
-      const int64_t next = block_end(index, end, count);
-      prepare(index + begin, value + begin, end - begin);
-      for (int64_t c = begin, scales = end; c < end; c += kChannels) {
-        const int64_t more = c + kChannels < end ? std::min(scales + kChannels, next) : next;
+      const int64_t next = block_end(index, end, count), n = end - begin;
+      Kept kept = {index + begin, value + begin, count - begin};
+      if constexpr (Reading::kSpreads) {
+        spread(value + begin, n, value_);
+        spread(index + end, next - end, index_ + n);
+        kept = {index_, value_, next - begin};
+      }
+      prepare(kept, n);
+      for (int64_t c = 0, scales = end; c < n; c += kChannels) {
+        const int64_t more = c + kChannels < n ? std::min(scales + kChannels, next) : next;
         fetch_scales(index + scales, more - scales);
         scales = more;
-        multiply(index, c, std::min(kChannels, end - c), c - begin, count);
+        multiply(kept, c, std::min(kChannels, n - c));
       }
       finish();
+      if constexpr (Reading::kSpreads) std::copy_n(index_ + n, next - end, index_);
       begin = end;
       end = next;
     }
@@ -147,6 +155,23 @@ class QuantisedPass {
   static constexpr int64_t kChannels = Reading::level_channels(Format::kType);
   static constexpr bool kTwice = Reading::twice(Format::kType);
 
+  /// Of a block's channels from[0, n) the place k side by side gets the k-th run: to[k + kChannels · i] is
+  /// its i-th. What is left, fewer than kChannels, comes last.
+  template <class T>
+  static void spread(const T* from, int64_t n, T* to) {
+    const int64_t run = n / kChannels;
+    for (int64_t k = 0; k < kChannels; ++k)
+      for (int64_t i = 0; i < run; ++i) to[i * kChannels + k] = from[k * run + i];
+    std::copy(from + kChannels * run, from + n, to + kChannels * run);
+  }
+
+  /// The channels of a block as they are multiplied and, behind them, what comes next.
+  struct Kept {
+    const int32_t* index;
+    const float* value;
+    int64_t count;
+  };
+
   /// Where the levels of the pass stand: of the channels in work, and kChannels and twice as many further on,
   /// of which as many are fetched as are in work.
   struct Lines {
@@ -155,21 +180,21 @@ class QuantisedPass {
 
   HWY_INLINE const std::byte* line(int32_t channel) const { return base_ + channel * bytes_; }
 
-  /// Multipliers of `count` channels as pairs of 16-bit numbers, the factor that makes numbers of them again,
-  /// and the sums that take the offset of the levels off.
-  void prepare(const int32_t* index, const float* value, int64_t count) {
+  /// Multipliers of the block's `count` channels as pairs of 16-bit numbers, the factor that makes numbers of
+  /// them again, and the sums that take the offset of the levels off.
+  void prepare(const Kept& kept, int64_t count) {
     const FloatTag d;
     const IntTag di;
     const Ints magnitude = hn::Set(di, 0x7fffffff);
     const Words ones = hn::Set(WordTag(), 0x00010001u);
     HWY_ALIGN float wide[kChainBlock][hn::MaxLanes(FloatTag())];
     const std::byte* at[kChainBlock];
-    for (int64_t c = 0; c < count; ++c) at[c] = line(index[c]) + scales_at_;
+    for (int64_t c = 0; c < count; ++c) at[c] = line(kept.index[c]) + scales_at_;
     for (int64_t g = 0; g < groups_; g += lanes()) {
       // Bits of magnitudes order like these, infinity and NaN above all others.
       Ints top = hn::Zero(di);
       for (int64_t c = 0; c < count; ++c) {
-        const Floats p = hn::Mul(scales(at[c], g), hn::Set(d, value[c]));
+        const Floats p = hn::Mul(scales(at[c], g), hn::Set(d, kept.value[c]));
         hn::Store(p, d, wide[c]);
         top = hn::Max(top, hn::And(hn::BitCast(di, p), magnitude));
       }
@@ -210,11 +235,11 @@ class QuantisedPass {
     return widen_half(half);
   }
 
-  /// sums += levels · multipliers of channels [at, at + n), n ≤ kChannels, the first of them the block's
-  /// channel `first`; later ones of the `count` are fetched meanwhile.
-  void multiply(const int32_t* index, int64_t at, int64_t n, int64_t first, int64_t count) {
+  /// sums += levels · multipliers of the block's channels [at, at + n), n ≤ kChannels; later ones are fetched
+  /// meanwhile.
+  void multiply(const Kept& kept, int64_t at, int64_t n) {
     Lines lines;
-    const auto levels = [&](int64_t c) { return line(index[std::min(c, count - 1)]) + levels_at_; };
+    const auto levels = [&](int64_t c) { return line(kept.index[std::min(c, kept.count - 1)]) + levels_at_; };
     // The partner of an odd channel is the channel itself, times zero.
     for (int64_t c = 0; c < kChannels; ++c) lines.now[c] = levels(at + std::min(c, n - 1));
     for (int64_t c = 0; c < kChannels; ++c) lines.next[c] = levels(at + kChannels + c);
@@ -222,17 +247,18 @@ class QuantisedPass {
     // A stream begins where 8 more channels follow than it fetches: what side_by_side left of these lines is
     // never fetched (with 4 more, 8-bit lines of 4 KB took 1.07 times as long at a keep of 0.9).
     const int64_t last = at + kChannels + follow_ + (in_stream_ ? 0 : 8) - 1;
-    in_stream_ = streams_ && n == kChannels && last < count && index[last] - index[at] == last - at;
-    if (in_stream_) return stream(lines, first);
+    in_stream_ =
+        streams_ && n == kChannels && last < kept.count && kept.index[last] - kept.index[at] == last - at;
+    if (in_stream_) return stream(lines, at);
     // Straight code: with a loop int8 and int4 took 1.11 and 1.12 times as long (AVX2, in cache), sparse int8
     // 1.1 times (Zen 5).
     const int64_t pairs = (n + 1) / 2;
     if constexpr (kChannels > 4) {
-      if (pairs == 4) return side_by_side<4>(lines, first);
-      if (pairs == 3) return side_by_side<3>(lines, first);
+      if (pairs == 4) return side_by_side<4>(lines, at);
+      if (pairs == 3) return side_by_side<3>(lines, at);
     }
-    if (pairs == 2) return side_by_side<2>(lines, first);
-    side_by_side<1>(lines, first);
+    if (pairs == 2) return side_by_side<2>(lines, at);
+    side_by_side<1>(lines, at);
   }
 
   /// Channels that follow one another, in pairs: as they lie, scales between, two blocks are fetched for two
@@ -346,6 +372,8 @@ class QuantisedPass {
   const bool streams_;      // channels that follow one another are one stream
   bool in_stream_ = false;  // … as the last ones were
   float* const part_;
+  int32_t index_[2 * kChainBlock];  // what Kept points to where groups are spread
+  float value_[kChainBlock];
   HWY_ALIGN int32_t sums_[kMostOutputs];
   HWY_ALIGN float factor_[kPadded];
   HWY_ALIGN uint32_t start_[kPadded];

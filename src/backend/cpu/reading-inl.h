@@ -43,6 +43,9 @@ struct AnyReading {
   static constexpr bool kBetween = false;
   /// Sums that are made before what is fetched next.
   static HWY_INLINE void hold(Floats&, Floats&) {}
+  /// Whether the quantised channels side by side are taken from all over a block, so that each place follows
+  /// a run of its own, or neighbours.
+  static constexpr bool kSpreads = false;
   /// Rows side by side. Row after row is one stream of memory: on Zen 4 99 % of the read bandwidth, where
   /// four side by side, not fetched, reach 70 %.
   static constexpr int64_t kRows = 1;
@@ -81,6 +84,7 @@ struct Zen5Reading {
   }
   static constexpr bool kBetween = true;
   static HWY_INLINE void hold(Floats& a, Floats& b) { asm volatile("" : "+v"(a.raw), "+v"(b.raw)); }
+  static constexpr bool kSpreads = false;
   static constexpr int64_t kRows = 1;
 };
 
@@ -97,6 +101,7 @@ struct IntelReading : Zen5Reading {
   static constexpr int64_t ahead(DType t) { return near(t); }
   static constexpr bool streams(DType, int64_t) { return false; }
   static constexpr bool twice(DType) { return false; }
+  static constexpr bool kSpreads = true;
   static constexpr int64_t kRows = 4;
 };
 #endif
