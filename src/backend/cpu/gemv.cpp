@@ -72,24 +72,23 @@ void pack_input(const float* x, DType dtype, int64_t n, float* packed) {
   }
 }
 
-/// Calls body(dot): dot.operator()<kRows>(j, next, y) makes y of rows j … j + kRows − 1 of a weight of any
-/// type against the packed x, and fetches as many from row `next` on where they are several.
+/// Calls body(dot): dot.operator()<kRows>(j, apart, y) makes y of kRows rows j, j + apart, … of a weight of
+/// any type against the packed x.
 template <class Reading, class Body>
 HWY_INLINE void with_rows(const Weight& weight, const float* packed, const Body& body) {
   const int64_t n = weight.in, line = weight.line_bytes();
   const auto levels = [&]<DType kType>() HWY_ATTR {
     const auto* const data = static_cast<const std::byte*>(weight.data);
-    body([=]<int64_t kRows>(int64_t j, int64_t next, float* y) HWY_ATTR {
-      dot_levels<Reading, kType, kRows>(data + j * line, data + next * line, n, packed, y);
-    });
+    body([=]<int64_t kRows>(int64_t j, int64_t apart, float* y)
+             HWY_ATTR { dot_levels<Reading, kType, kRows>(data + j * line, apart * line, n, packed, y); });
   };
   if (weight.dtype == DType::int8) return levels.template operator()<DType::int8>();
   if (weight.dtype == DType::int4) return levels.template operator()<DType::int4>();
   with_format(weight.dtype, [&](auto format) HWY_ATTR {
     using Format = decltype(format);
     const auto* const data = static_cast<const typename Format::Stored*>(weight.data);
-    body([=]<int64_t kRows>(int64_t j, int64_t next, float* y)
-             HWY_ATTR { dot_rows<Reading, Format, kRows>(data + j * n, data + next * n, n, packed, y); });
+    body([=]<int64_t kRows>(int64_t j, int64_t apart, float* y)
+             HWY_ATTR { dot_rows<Reading, Format, kRows>(data + j * n, apart * n, n, packed, y); });
   });
 }
 
@@ -97,19 +96,21 @@ template <class Reading>
 void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t end, bool accumulate,
                float* y) {
   with_rows<Reading>(weight, packed, [&](const auto& dot) HWY_ATTR {
-    const auto rows = [&]<int64_t kRows>(int64_t first) HWY_ATTR {
-      int64_t j = first;
-      for (; j + kRows <= end; j += kRows) {
+    // kRows runs of rows from `first` on, one row of each at a time. Returns the first row behind them.
+    const auto runs = [&]<int64_t kRows>(int64_t first) HWY_ATTR {
+      const int64_t length = (end - first) / kRows;
+      for (int64_t j = first; j < first + length; ++j) {
         float v[kRows];
-        dot.template operator()<kRows>(j, j + 2 * kRows <= end ? j + kRows : j, v);
+        dot.template operator()<kRows>(j, length, v);
         for (int64_t r = 0; r < kRows; ++r) {
-          if (weight.bias) v[r] += weight.bias[j + r];
-          y[j + r] = accumulate ? v[r] + y[j + r] : v[r];
+          const int64_t at = j + r * length;
+          if (weight.bias) v[r] += weight.bias[at];
+          y[at] = accumulate ? v[r] + y[at] : v[r];
         }
       }
-      return j;
+      return first + kRows * length;
     };
-    rows.template operator()<1>(rows.template operator()<Reading::kRows>(begin));
+    runs.template operator()<1>(runs.template operator()<Reading::kRows>(begin));
   });
 }
 
@@ -130,7 +131,7 @@ void gemv_outputs(const Weight& weight, const float* packed, const int32_t* inde
       const int64_t j = index[c];
       if (value[c] == 0) continue;
       float v = 0;
-      dot.template operator()<1>(j, j, &v);
+      dot.template operator()<1>(j, 0, &v);
       if (weight.bias) v += weight.bias[j];
       y[j] = v;
     }

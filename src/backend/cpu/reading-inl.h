@@ -89,10 +89,12 @@ struct Zen5Reading {
 };
 
 /// Intel's servers, whose core follows one stream at 8 to 10 GB/s where it reads 15 to 19 of eight (Emerald
-/// Rapids, 2 cores of a shared host, 28 to 38 GB/s). So eight channels stand side by side whatever they are,
-/// and four rows; each is fetched 1 KB ahead, into the first level: 16-bit lines of 1 KB and more come at 88
-/// to 107 % of what reading alone makes of them, half of the channels at 91 to 98 (fetched whole lines ahead,
-/// into the second level, 77 to 97 and 75 to 87). 512 bytes and 1.5 KB are level, 2 KB and 6 channels slower.
+/// Rapids, 2 cores of a shared host, 28 to 38 GB/s). So eight lines stand side by side whatever they are,
+/// each fetched 1 KB ahead, into the first level: 16-bit channels of 4 KB and more come at 93 to 107 % of
+/// what reading alone makes of them, half of them at 91 to 98 (fetched whole lines ahead, into the second
+/// level, 77 to 97 and 75 to 87). 512 bytes and 1.5 KB are level, 2 KB and 6 channels slower. Quantised
+/// channels and rows, whose order changes no bit, follow runs of their own: dense ones of 1 to 4 KB 1.07
+/// to 1.16 times as fast as neighbours, a head of 2048 inputs at 16 and 8 bits 1.1 and 1.2 times.
 struct IntelReading : Zen5Reading {
   static constexpr int64_t kChannels = 8;
   static constexpr int64_t level_channels(DType) { return 8; }
@@ -102,7 +104,7 @@ struct IntelReading : Zen5Reading {
   static constexpr bool streams(DType, int64_t) { return false; }
   static constexpr bool twice(DType) { return false; }
   static constexpr bool kSpreads = true;
-  static constexpr int64_t kRows = 4;
+  static constexpr int64_t kRows = 8;
 };
 #endif
 

@@ -17,40 +17,33 @@ HWY_BEFORE_NAMESPACE();
 namespace larosa {
 namespace HWY_NAMESPACE {
 
-/// dot[r] = row r · x, of kRows rows that lie one behind the other. Side by side they are fetched meanwhile
-/// (reading-inl.h): the rest of these, then the beginnings of as many from `next` on. Two steps at a time
-/// keep four multiply-adds of a row in flight.
+/// dot[r] = row r · x, of kRows rows `apart` weights apart, each fetched meanwhile where they are several
+/// (reading-inl.h). Two steps at a time keep four multiply-adds of a row in flight.
 template <class Reading, class Format, int64_t kRows>
-HWY_INLINE void dot_rows(const typename Format::Stored* w, const typename Format::Stored* next, int64_t n,
-                         const float* x, float* dot) {
-  using Stored = typename Format::Stored;
+HWY_INLINE void dot_rows(const typename Format::Stored* w, int64_t apart, int64_t n, const float* x,
+                         float* dot) {
   const FloatTag d;
   const int64_t step = 2 * lanes(), whole = n / (2 * step) * (2 * step);
-  constexpr int64_t kSize = static_cast<int64_t>(sizeof(Stored));
-  const int64_t near = kRows > 1 ? std::min(Reading::near(Format::kType) / kSize, whole) : 0;
+  constexpr int64_t kSize = static_cast<int64_t>(sizeof(*w)), kNear = Reading::near(Format::kType) / kSize;
   Floats a[kRows], b[kRows], c[kRows], e[kRows];
   for (int64_t r = 0; r < kRows; ++r) a[r] = b[r] = c[r] = e[r] = hn::Zero(d);
-  // Inputs [begin, end); of the rows `fetched` as many, from their begin on.
-  const auto add = [&](int64_t begin, int64_t end, const Stored* fetched) HWY_ATTR {
-    for (int64_t i = begin; i < end; i += 2 * step) {
-      const Floats x0 = hn::LoadU(d, x + i), x1 = hn::LoadU(d, x + i + lanes());
-      const Floats x2 = hn::LoadU(d, x + i + step), x3 = hn::LoadU(d, x + i + step + lanes());
-      for (int64_t r = 0; r < kRows; ++r) {
-        const Pair p = Format::load(w + r * n + i), q = Format::load(w + r * n + i + step);
-        a[r] = hn::MulAdd(x0, p.a, a[r]);
-        b[r] = hn::MulAdd(x1, p.b, b[r]);
-        c[r] = hn::MulAdd(x2, q.a, c[r]);
-        e[r] = hn::MulAdd(x3, q.b, e[r]);
-        for (int64_t at = 0; kRows > 1 && at < 2 * step; at += kLine / kSize)
-          Reading::fetch(fetched + r * n + (i - begin) + at);
-      }
+  for (int64_t i = 0; i < whole; i += 2 * step) {
+    const Floats x0 = hn::LoadU(d, x + i), x1 = hn::LoadU(d, x + i + lanes());
+    const Floats x2 = hn::LoadU(d, x + i + step), x3 = hn::LoadU(d, x + i + step + lanes());
+    for (int64_t r = 0; r < kRows; ++r) {
+      const auto* const row = w + r * apart + i;
+      const Pair p = Format::load(row), q = Format::load(row + step);
+      a[r] = hn::MulAdd(x0, p.a, a[r]);
+      b[r] = hn::MulAdd(x1, p.b, b[r]);
+      c[r] = hn::MulAdd(x2, q.a, c[r]);
+      e[r] = hn::MulAdd(x3, q.b, e[r]);
+      for (int64_t at = 0; kRows > 1 && at < 2 * step; at += kLine / kSize) Reading::fetch(row + kNear + at);
     }
-  };
-  add(0, whole - near, w + near);
-  add(whole - near, whole, next);
+  }
   for (int64_t r = 0; r < kRows; ++r) {
     for (int64_t i = whole; i < n; i += step) {
-      const Pair p = i + step <= n ? Format::load(w + r * n + i) : load_tail<Format>(w + r * n + i, n - i);
+      const auto* const row = w + r * apart + i;
+      const Pair p = i + step <= n ? Format::load(row) : load_tail<Format>(row, n - i);
       a[r] = hn::MulAdd(hn::LoadU(d, x + i), p.a, a[r]);
       b[r] = hn::MulAdd(hn::LoadU(d, x + i + lanes()), p.b, b[r]);
     }
@@ -199,42 +192,40 @@ HWY_INLINE void scale_units(const std::byte* scales, const float* units, int64_t
   }
 }
 
-/// As dot_rows, of quantised rows.
+/// As dot_rows, of quantised rows, `apart` bytes apart.
 template <class Reading, DType kType, int64_t kRows>
-HWY_INLINE void dot_levels(const std::byte* lines, const std::byte* next, int64_t n, const float* row,
-                           float* dot) {
+HWY_INLINE void dot_levels(const std::byte* lines, int64_t apart, int64_t n, const float* row, float* dot) {
   using Row = RoundedRow<kType>;
   constexpr int64_t kScales = 64, kGroups = Row::kGroups, kBlocks = kScales / kGroups;
+  constexpr int64_t kBytes = scales_offset(kType, kQuantBlock);
   constexpr bool kFetches = kRows > 1;
   const FloatTag d;
   const auto* const numbers = reinterpret_cast<const int16_t*>(row);
   const auto* const starts = reinterpret_cast<const int32_t*>(row + Row::starts(n));
   const float* const units = row + Row::units(n);
   const int64_t scales = scales_offset(kType, n), length = line_bytes(kType, n);
-  constexpr int64_t kBytes = scales_offset(kType, kQuantBlock);
   const int64_t blocks = padded_line(n) / kQuantBlock;
-  const int64_t near = std::min(Reading::near(kType) / kBytes, blocks);
+  // The next rows' scales stand behind what is fetched until they are asked for.
   for (int64_t r = 0; kFetches && r < kRows; ++r)
-    for (int64_t at = scales; at < length; at += kLine) Reading::fetch(next + r * length + at);
+    for (int64_t at = length + scales; at < 2 * length; at += kLine) Reading::fetch(lines + r * apart + at);
   HWY_ALIGN float scale[kRows][kScales];
   Floats a[kRows], b[kRows];
   for (int64_t r = 0; r < kRows; ++r) a[r] = b[r] = hn::Zero(d);
   for (int64_t first = 0; first < blocks; first += kBlocks) {
     const int64_t end = std::min(first + kBlocks, blocks), g = first * kGroups;
     for (int64_t r = 0; r < kRows; ++r)
-      scale_units<kType>(lines + r * length + scales + g * 2, units + g, (end - first) * kGroups, scale[r]);
+      scale_units<kType>(lines + r * apart + scales + g * 2, units + g, (end - first) * kGroups, scale[r]);
     for (int64_t i = first; i < end; ++i) {
-      const std::byte* const ahead =
-          i + near < blocks ? lines + (i + near) * kBytes : next + (i + near - blocks) * kBytes;
       for (int64_t r = 0; r < kRows; ++r) {
         const float* const of_block = scale[r] + (i - first) * kGroups;
-        const std::byte* const block = lines + r * length + i * kBytes;
+        const std::byte* const block = lines + r * apart + i * kBytes;
         if constexpr (kType == DType::int8) {
           add_int8(block, numbers + i * kQuantBlock, of_block, a[r], b[r]);
         } else {
           add_int4(block, numbers + i * kQuantBlock, starts + i * Row::kStarts, of_block, a[r], b[r]);
         }
-        for (int64_t at = 0; kFetches && at < kBytes; at += kLine) Reading::fetch(ahead + r * length + at);
+        for (int64_t at = 0; kFetches && at < kBytes; at += kLine)
+          Reading::fetch(block + Reading::near(kType) + at);
       }
     }
   }
