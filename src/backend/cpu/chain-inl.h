@@ -119,14 +119,16 @@ class QuantisedPass {
     std::fill_n(part_, blocks_ * kQuantBlock, 0.0f);
     int64_t begin = 0, end = block_end(index, 0, count);
     fetch_scales(index, end);
-    if constexpr (Reading::kSpreads) spread(index, end, index_);
+    if constexpr (Reading::kDeals) deal(index, end, index_);
     while (begin < count) {
       const int64_t next = block_end(index, end, count), n = end - begin;
-      Kept kept = {index + begin, value + begin, count - begin};
-      if constexpr (Reading::kSpreads) {
-        spread(value + begin, n, value_);
-        spread(index + end, next - end, index_ + n);
-        kept = {index_, value_, next - begin};
+      Kept kept = {index + begin, value + begin, count - begin, index + begin, count - begin};
+      if constexpr (Reading::kDeals) {
+        deal(value + begin, n, value_);
+        deal(index + end, next - end, index_ + n);
+        kept.index = index_;
+        kept.value = value_;
+        kept.count = next - begin;
       }
       prepare(kept, n);
       for (int64_t c = 0, scales = end; c < n; c += kChannels) {
@@ -136,7 +138,7 @@ class QuantisedPass {
         multiply(kept, c, std::min(kChannels, n - c));
       }
       finish();
-      if constexpr (Reading::kSpreads) std::copy_n(index_ + n, next - end, index_);
+      if constexpr (Reading::kDeals) std::copy_n(index_ + n, next - end, index_);
       begin = end;
       end = next;
     }
@@ -158,18 +160,21 @@ class QuantisedPass {
   /// Of a block's channels from[0, n) the place k side by side gets the k-th run: to[k + kChannels · i] is
   /// its i-th. What is left, fewer than kChannels, comes last.
   template <class T>
-  static void spread(const T* from, int64_t n, T* to) {
+  static void deal(const T* from, int64_t n, T* to) {
     const int64_t run = n / kChannels;
     for (int64_t k = 0; k < kChannels; ++k)
       for (int64_t i = 0; i < run; ++i) to[i * kChannels + k] = from[k * run + i];
     std::copy(from + kChannels * run, from + n, to + kChannels * run);
   }
 
-  /// The channels of a block as they are multiplied and, behind them, what comes next.
+  /// The channels of a block as they are multiplied and, behind them, what comes next; dealt out as far as
+  /// the next block's end, and from there on as `all` has it.
   struct Kept {
     const int32_t* index;
     const float* value;
     int64_t count;
+    const int32_t* all;
+    int64_t left;
   };
 
   /// Where the levels of the pass stand: of the channels in work, and kChannels and twice as many further on,
@@ -239,7 +244,9 @@ class QuantisedPass {
   /// meanwhile.
   void multiply(const Kept& kept, int64_t at, int64_t n) {
     Lines lines;
-    const auto levels = [&](int64_t c) { return line(kept.index[std::min(c, kept.count - 1)]) + levels_at_; };
+    const auto levels = [&](int64_t c) {
+      return line(c < kept.count ? kept.index[c] : kept.all[std::min(c, kept.left - 1)]) + levels_at_;
+    };
     // The partner of an odd channel is the channel itself, times zero.
     for (int64_t c = 0; c < kChannels; ++c) lines.now[c] = levels(at + std::min(c, n - 1));
     for (int64_t c = 0; c < kChannels; ++c) lines.next[c] = levels(at + kChannels + c);
@@ -372,7 +379,7 @@ class QuantisedPass {
   const bool streams_;      // channels that follow one another are one stream
   bool in_stream_ = false;  // … as the last ones were
   float* const part_;
-  int32_t index_[2 * kChainBlock];  // what Kept points to where groups are spread
+  int32_t index_[2 * kChainBlock];  // what Kept points to where channels are dealt out
   float value_[kChainBlock];
   HWY_ALIGN int32_t sums_[kMostOutputs];
   HWY_ALIGN float factor_[kPadded];

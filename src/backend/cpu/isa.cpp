@@ -108,6 +108,7 @@ Kernels choose_kernels() {
   fill_softmax(kernels);
   if (forced) hwy::SetSupportedTargetsForTest(0);
   const auto read_by = [&](const Kernels::Gemv& gemv, const char* target) {
+    if (gemv.chain == nullptr) return;  // Highway took another set than the one they are made for
     kernels.gemv_chain = gemv.chain;
     kernels.gemv_rows = gemv.rows;
     kernels.target = target;

@@ -121,13 +121,12 @@ struct Kernels {
   void (*mask)(const float* kept, bool inverted, const float* x, int64_t n, float* y);
   void (*log_softmax)(int64_t n, float* x);
 
-  // -- gemv_chain and gemv_rows, the same bits, as certain processors want memory read (reading-inl.h)
-  // --------
+  /// gemv_chain and gemv_rows, the same bits, as certain processors want memory read (reading-inl.h);
+  /// choose_kernels() puts them in place. Null but for AVX3_DL.
   struct Gemv {
     decltype(Kernels::gemv_chain) chain;
     decltype(Kernels::gemv_rows) rows;
   };
-  /// Null without AVX-512 and VNNI; choose_kernels() puts them in place.
   Gemv gemv_zen5, gemv_intel;
 
   const char* target = nullptr;  // Highway's name of the instruction set

@@ -1,4 +1,4 @@
-// One row of a weight against one x: dot products for weights in rows layout.
+// Rows of a weight against one x: dot products for weights in rows layout.
 #if defined(LAROSA_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef LAROSA_ROWS_INL_H_
 #undef LAROSA_ROWS_INL_H_
@@ -205,7 +205,7 @@ HWY_INLINE void dot_levels(const std::byte* lines, int64_t apart, int64_t n, con
   const float* const units = row + Row::units(n);
   const int64_t scales = scales_offset(kType, n), length = line_bytes(kType, n);
   const int64_t blocks = padded_line(n) / kQuantBlock;
-  // The next rows' scales stand behind what is fetched until they are asked for.
+  // The next rows' scales, which are wanted before their first level; levels are fetched below.
   for (int64_t r = 0; kFetches && r < kRows; ++r)
     for (int64_t at = length + scales; at < 2 * length; at += kLine) Reading::fetch(lines + r * apart + at);
   HWY_ALIGN float scale[kRows][kScales];
@@ -224,8 +224,10 @@ HWY_INLINE void dot_levels(const std::byte* lines, int64_t apart, int64_t n, con
         } else {
           add_int4(block, numbers + i * kQuantBlock, starts + i * Row::kStarts, of_block, a[r], b[r]);
         }
-        for (int64_t at = 0; kFetches && at < kBytes; at += kLine)
-          Reading::fetch(block + Reading::near(kType) + at);
+        for (int64_t at = 0; kFetches && at < kBytes; at += kLine) {
+          const int64_t far = i * kBytes + Reading::near(kType) + at;
+          Reading::fetch(lines + r * apart + far + (far < scales ? 0 : length - scales));
+        }
       }
     }
   }
