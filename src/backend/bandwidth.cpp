@@ -43,6 +43,27 @@ uint64_t sum_side_by_side(const uint64_t* words, int64_t count) {
   return std::accumulate(lanes, lanes + kLine, sum(words + kStreams * each, count - kStreams * each));
 }
 
+using Read = uint64_t (*)(const uint64_t*, int64_t);
+
+/// GB/s of `words` 64-bit words, all threads together.
+double median_rate(ThreadPool& pool, const uint64_t* memory, int64_t words, Read read) {
+  std::array<double, 5> rates{};
+  for (double& rate : rates) {
+    std::vector<uint64_t> totals(static_cast<size_t>(pool.size()));
+    const auto start = std::chrono::steady_clock::now();
+    pool.run([&](int thread) {
+      const int64_t begin = words * thread / pool.size(), end = words * (thread + 1) / pool.size();
+      totals[static_cast<size_t>(thread)] = read(memory + begin, end - begin);
+    });
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+    volatile uint64_t keep = totals[0];  // the sums are wanted
+    (void)keep;
+    rate = static_cast<double>(words) * 8e-9 / seconds.count();
+  }
+  std::ranges::sort(rates);
+  return rates[rates.size() / 2];
+}
+
 }  // namespace
 
 double measure_read_bandwidth(ThreadPool& pool, int64_t bytes) {
@@ -50,25 +71,7 @@ double measure_read_bandwidth(ThreadPool& pool, int64_t bytes) {
   const HugePages pages((words + kAhead) * 8);
   auto* memory = reinterpret_cast<uint64_t*>(pages.data());
   pool.split(words, kStep, [&](int64_t begin, int64_t end) { std::fill(memory + begin, memory + end, 1); });
-  double best = 0;
-  for (const auto read : {sum, sum_side_by_side}) {
-    std::array<double, 5> rates{};
-    for (double& rate : rates) {
-      std::vector<uint64_t> totals(static_cast<size_t>(pool.size()));
-      const auto start = std::chrono::steady_clock::now();
-      pool.run([&](int thread) {
-        const int64_t begin = words * thread / pool.size(), end = words * (thread + 1) / pool.size();
-        totals[static_cast<size_t>(thread)] = read(memory + begin, end - begin);
-      });
-      const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-      volatile uint64_t keep = totals[0];  // the sums are wanted
-      (void)keep;
-      rate = static_cast<double>(words) * 8e-9 / seconds.count();
-    }
-    std::ranges::sort(rates);
-    best = std::max(best, rates[rates.size() / 2]);
-  }
-  return best;
+  return std::max(median_rate(pool, memory, words, sum), median_rate(pool, memory, words, sum_side_by_side));
 }
 
 }  // namespace larosa
