@@ -4,6 +4,8 @@
 #include <benchmark/benchmark.h>
 
 #include <cstdio>
+#include <cstdlib>
+#include <string>
 #include <vector>
 
 #include "backend/bandwidth.h"
@@ -18,7 +20,9 @@ using benchmark::State;
 constexpr int64_t kPool = int64_t{512} << 20;
 
 Cpu& cpu(Products products = Products::f32) {
-  static Cpu f32("", 0, Products::f32), bf16("", 0, Products::bf16);  // as the machine has it
+  static const char* const forced = std::getenv("LAROSA_ISA");
+  static const std::string isa = forced ? forced : "";  // none: as the machine has it
+  static Cpu f32(isa, 0, Products::f32), bf16(isa, 0, Products::bf16);
   return products == Products::f32 ? f32 : bf16;
 }
 

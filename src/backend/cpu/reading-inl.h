@@ -90,11 +90,11 @@ struct Zen5Reading {
 
 /// Intel's servers, whose core follows one stream at 8 to 10 GB/s where it reads 15 to 19 of eight (Emerald
 /// Rapids, 2 cores of a shared host, 28 to 38 GB/s). So eight lines stand side by side whatever they are,
-/// each fetched 1 KB ahead, into the first level: 16-bit channels of 4 KB and more come at 93 to 107 % of
-/// what reading alone makes of them, half of them at 91 to 98 (fetched whole lines ahead, into the second
-/// level, 77 to 97 and 75 to 87). 512 bytes and 1.5 KB are level, 2 KB and 6 channels slower. Quantised
+/// each fetched 1 KB ahead, into the first level: 16-bit channels of 4 KB and more come at 94 to 107 % of
+/// what reading alone makes of them, half of them at 83 to 104 (fetched whole lines ahead, into the second
+/// level, 79 to 95 and 72 to 86). 512 bytes and 1.5 KB are level, 2 KB and 6 channels slower. Quantised
 /// channels and rows, whose order changes no bit, follow runs of their own: dense ones of 1 to 4 KB 1.07
-/// to 1.16 times as fast as neighbours, a head of 2048 inputs at 16 and 8 bits 1.1 and 1.2 times.
+/// to 1.16 times as fast as neighbours, a head of 2048 inputs at 16 and 8 bits 1.1 to 1.2 times.
 /// What it has from Zen 5 was tried here: passes of 4096 16-bit outputs read up to 6 points less, fetches
 /// when the sums of all pairs are stored take the same.
 struct IntelReading : Zen5Reading {
