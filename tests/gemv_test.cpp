@@ -38,13 +38,19 @@ void each_case(const Body& body) {
 
 TEST(Gemv, MatchesTruth) {
   const auto ref = make_ref_backend();
-  each_case([&](const Cpu& cpu, const std::string&, Shape s, DType dtype, Layout layout) {
-    for (const bool extra : {false, true}) {
-      const ProductCase c(1, s, dtype, layout, extra, extra);
-      const auto got = c.run(*cpu.backend), truth = c.run(*ref);
-      EXPECT_LE(worst_ratio(got, truth, c.tolerances(sum_bound(s.in))), 1);
-    }
-  });
+  std::deque<Cpu> cpus;
+  for (const std::string& isa : isas()) cpus.emplace_back(isa, 2);
+  for (const Shape s : kShapes) {
+    each_type([&](Layout layout, DType dtype) {
+      for (const bool extra : {false, true}) {
+        const ProductCase c(1, s, dtype, layout, extra, extra);
+        const auto truth = c.run(*ref), tolerances = c.tolerances(sum_bound(s.in));
+        for (const Cpu& cpu : cpus)
+          EXPECT_LE(worst_ratio(c.run(*cpu.backend), truth, tolerances), 1)
+              << name_of(cpu->describe(), s, dtype, layout);
+      }
+    });
+  }
 }
 
 /// Instruction sets, and ways to read memory where this machine has their instructions.
@@ -71,16 +77,19 @@ TEST(Gemv, SparseEqualsDenseOfMaskedRow) {
   each_case([&](const Cpu& cpu, const std::string&, Shape s, DType dtype, Layout layout) {
     const ProductCase c(1, s, dtype, layout, true, true);
     const auto kept = cpu->make_selection(1, s.in);
-    for (const int64_t keep : keeps(s.in)) {
-      cpu->topk(c.x.mat, nullptr, keep, *kept);
-      const Rows masked(1, s.in);
-      cpu->expand(*kept, masked.mat);
-      const auto sparse = c.run_sparse(*cpu.backend, *kept), dense = c.run(*cpu.backend, masked.mat);
-      for (size_t p = 0; p < sparse.size(); ++p)
-        EXPECT_EQ(bits_differ(sparse[p].mat, dense[p].mat), 0) << keep;
-      if (keep != s.in) continue;
-      const auto all = c.run(*cpu.backend);
-      for (size_t p = 0; p < all.size(); ++p) EXPECT_EQ(bits_differ(sparse[p].mat, all[p].mat), 0);
+    for (const bool holes : {false, true}) {  // some of which are kept where few are dropped
+      for (int64_t i = 0; holes && i < s.in; i += 2) c.x.mat.data[i] = 0;
+      for (const int64_t keep : keeps(s.in)) {
+        cpu->topk(c.x.mat, nullptr, keep, *kept);
+        const Rows masked(1, s.in);
+        cpu->expand(*kept, masked.mat);
+        const auto sparse = c.run_sparse(*cpu.backend, *kept), dense = c.run(*cpu.backend, masked.mat);
+        for (size_t p = 0; p < sparse.size(); ++p)
+          EXPECT_EQ(bits_differ(sparse[p].mat, dense[p].mat), 0) << keep;
+        if (keep != s.in) continue;
+        const auto all = c.run(*cpu.backend);
+        for (size_t p = 0; p < all.size(); ++p) EXPECT_EQ(bits_differ(sparse[p].mat, all[p].mat), 0);
+      }
     }
   });
 }
