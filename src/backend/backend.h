@@ -148,7 +148,7 @@ class Backend {
   /// layout, for finite weights (a dropped channel with an infinity or NaN is not read).
   virtual void sparse_matmul(const Selection& kept, std::span<const Product> products) = 0;
 
-  /// y = the rows with zeros where nothing was kept.           y (T, D)
+  /// y = the rows with zeros where nothing was kept; a kept −0 may become +0.  y (T, D)
   virtual void expand(const Selection& kept, Mat y) = 0;
 
   /// The complement: y = x with zeros where something was kept.   x, y (T, D), x what `kept` was chosen from;

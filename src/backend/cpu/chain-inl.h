@@ -117,11 +117,11 @@ class QuantisedPass {
 
   void run(const int32_t* index, const float* value, int64_t count) {
     std::fill_n(part_, blocks_ * kQuantBlock, 0.0f);
-    int64_t begin = 0, end = block_end(index, 0, count);
+    int64_t begin = 0, end = std::min(kChannelBlock, count);
     fetch_scales(index, end);
     if constexpr (Reading::kDeals) deal(index, end, index_);
     while (begin < count) {
-      const int64_t next = block_end(index, end, count), n = end - begin;
+      const int64_t next = std::min(end + kChannelBlock, count), n = end - begin;
       Kept kept = {index + begin, value + begin, count - begin, index + begin, count - begin};
       if constexpr (Reading::kDeals) {
         deal(value + begin, n, value_);
@@ -145,15 +145,6 @@ class QuantisedPass {
   }
 
  private:
-  /// End of the run of kept channels that starts at `begin` and lies in one block of channels.
-  static int64_t block_end(const int32_t* index, int64_t begin, int64_t count) {
-    if (begin >= count) return begin;
-    const int64_t limit = (index[begin] / kChainBlock + 1) * kChainBlock;
-    int64_t end = begin + 1;
-    while (end < count && index[end] < limit) ++end;
-    return end;
-  }
-
   static constexpr int64_t kChannels = Reading::level_channels(Format::kType);
   static constexpr bool kTwice = Reading::twice(Format::kType);
 
@@ -192,8 +183,8 @@ class QuantisedPass {
     const IntTag di;
     const Ints magnitude = hn::Set(di, 0x7fffffff);
     const Words ones = hn::Set(WordTag(), 0x00010001u);
-    HWY_ALIGN float wide[kChainBlock][hn::MaxLanes(FloatTag())];
-    const std::byte* at[kChainBlock];
+    HWY_ALIGN float wide[kChannelBlock][hn::MaxLanes(FloatTag())];
+    const std::byte* at[kChannelBlock];
     for (int64_t c = 0; c < count; ++c) at[c] = line(kept.index[c]) + scales_at_;
     for (int64_t g = 0; g < groups_; g += lanes()) {
       // Bits of magnitudes order like these, infinity and NaN above all others.
@@ -379,12 +370,12 @@ class QuantisedPass {
   const bool streams_;      // channels that follow one another are one stream
   bool in_stream_ = false;  // … as the last ones were
   float* const part_;
-  int32_t index_[2 * kChainBlock];  // what Kept points to where channels are dealt out
-  float value_[kChainBlock];
+  int32_t index_[2 * kChannelBlock];  // what Kept points to where channels are dealt out
+  float value_[kChannelBlock];
   HWY_ALIGN int32_t sums_[kMostOutputs];
   HWY_ALIGN float factor_[kPadded];
   HWY_ALIGN uint32_t start_[kPadded];
-  HWY_ALIGN uint32_t pairs_[kChainBlock / 2 * kPadded];
+  HWY_ALIGN uint32_t pairs_[kChannelBlock / 2 * kPadded];
 };
 
 template <class Reading, class Format>

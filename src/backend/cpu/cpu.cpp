@@ -50,38 +50,33 @@ class AlignedFloats {
   int64_t size_ = 0;
 };
 
-/// Room for the lists of both chains.
-class ChannelLists {
+/// A list of channels that owns its memory.
+class Channels {
  public:
-  ChannelList* at_least(int64_t channels) {
+  ChannelList& at_least(int64_t channels) {
     const size_t size = static_cast<size_t>(channels + kSlack);
-    for (int64_t c = 0; c < kChains; ++c) {
-      if (index_[c].size() < size) {
-        index_[c].resize(size);
-        value_[c].resize(size);
-      }
-      lists_[c].index = index_[c].data();
-      lists_[c].value = value_[c].data();
+    if (index_.size() < size) {
+      index_.resize(size);
+      value_.resize(size);
+      list_.index = index_.data();
+      list_.value = value_.data();
     }
-    return lists_;
+    return list_;
   }
-  const ChannelList* lists() const { return lists_; }
-  int64_t count() const { return lists_[0].count + lists_[1].count; }
+  const ChannelList& list() const { return list_; }
   /// body(index, value) for every entry.
   template <class Body>
   void each(const Body& body) const {
-    for (const ChannelList& list : lists_) {
-      for (int64_t c = 0; c < list.count; ++c) body(list.index[c], list.value[c]);
-    }
+    for (int64_t c = 0; c < list_.count; ++c) body(list_.index[c], list_.value[c]);
   }
 
  private:
-  std::vector<int32_t> index_[kChains];
-  std::vector<float> value_[kChains];
-  ChannelList lists_[kChains] = {};
+  std::vector<int32_t> index_;
+  std::vector<float> value_;
+  ChannelList list_ = {};
 };
 
-/// One row: the lists of what was kept. Several: the rows themselves with zeros, as oneDNN wants them.
+/// One row: the list of what was kept. Several: the rows themselves with zeros, as oneDNN wants them.
 class CpuSelection final : public Selection {
  public:
   CpuSelection(int64_t most_rows, int64_t most_cols) : max_rows(most_rows), max_cols(most_cols) {
@@ -97,7 +92,7 @@ class CpuSelection final : public Selection {
 
   const int64_t max_rows, max_cols;
   int64_t rows = 0, cols = 0, kept = 0;
-  ChannelLists channels;      // one row
+  Channels channels;          // one row
   std::vector<float> masked;  // (rows, cols); several rows
 };
 
@@ -265,13 +260,10 @@ class CpuBackend final : public Backend {
     const float* packed = packed_row(p.weight.dtype, x.cols);
     std::fill_n(p.y.data, p.y.cols, 0.0f);
     pool_.run([&](int thread) {
-      for (int64_t chain = 0; chain < kChains; ++chain) {
-        const ChannelList& list = s.channels.lists()[chain];
-        const int64_t begin = list.count * thread / pool_.size();
-        const int64_t end = list.count * (thread + 1) / pool_.size();
-        kernels_.gemv_outputs(p.weight, packed, list.index + begin, list.value + begin, end - begin,
-                              p.y.data);
-      }
+      const ChannelList& list = s.channels.list();
+      const int64_t begin = list.count * thread / pool_.size();
+      const int64_t end = list.count * (thread + 1) / pool_.size();
+      kernels_.gemv_outputs(p.weight, packed, list.index + begin, list.value + begin, end - begin, p.y.data);
     });
   }
 
@@ -291,8 +283,7 @@ class CpuBackend final : public Backend {
       if (work.size() < room) work.resize(room);
       const Cut cut = find_cut(x.row(t), work.data());
       if (x.rows == 1) {
-        kernels_.take_lists(x.row(t), scale, x.cols, cut, s.channels.at_least(x.cols));
-        s.kept = s.channels.count();
+        s.kept = kernels_.take_list(x.row(t), scale, x.cols, cut, s.channels.at_least(x.cols));
       } else {
         counts[static_cast<size_t>(thread)] +=
             kernels_.take_masked(x.row(t), scale, x.cols, cut, s.mat().row(t));
@@ -308,18 +299,11 @@ class CpuBackend final : public Backend {
     s.channels.each([&](int32_t i, float value) { y[i] = value; });
   }
 
-  /// The lists that keep every channel of a dense row.
-  const ChannelList* every_channel(const float* x, int64_t cols) {
-    ChannelList* lists = every_.at_least(cols);
-    for (int64_t chain = 0; chain < kChains; ++chain) lists[chain].count = 0;
-    for (int64_t first = 0; first < cols; first += kChainBlock) {
-      ChannelList& list = lists[chain_of(first)];
-      const int64_t n = std::min(kChainBlock, cols - first);
-      for (int64_t i = 0; i < n; ++i) list.index[list.count + i] = static_cast<int32_t>(first + i);
-      std::copy_n(x + first, n, list.value + list.count);
-      list.count += n;
-    }
-    return lists;
+  /// Every channel of a dense row that is not zero.
+  const ChannelList& every_channel(const float* x, int64_t cols) {
+    ChannelList& list = every_.at_least(cols);
+    kernels_.take_list(x, nullptr, cols, kEverything, list);
+    return list;
   }
 
   /// The decoding product: row t of every y, from a dense row or from what a one-row selection kept.
@@ -331,9 +315,9 @@ class CpuBackend final : public Backend {
       in_channels += p.weight.layout == Layout::channels;
       row_bytes = std::max(row_bytes, channel_bytes(p.weight));
     }
-    const ChannelList* lists = in_channels == 0 ? nullptr
-                               : kept           ? kept->channels.lists()
-                                                : every_channel(x, cols);
+    const ChannelList list = in_channels == 0 ? ChannelList{}
+                             : kept           ? kept->channels.list()
+                                              : every_channel(x, cols);
     pack_rows(x, cols, kept, products);
     // Narrow: a thread's share of a row would be a page or less; pairs of threads share outputs and each
     // takes a chain (kernels.h).
@@ -354,7 +338,8 @@ class CpuBackend final : public Backend {
         }
         for (int64_t c = 0; c < kChains; ++c) {
           if (by_chain && c != thread % kChains) continue;
-          kernels_.gemv_chain(p.weight, lists[c].index, lists[c].value, lists[c].count, begin, end,
+          const ChannelList chain = list.chain(c);
+          kernels_.gemv_chain(p.weight, chain.index, chain.value, chain.count, begin, end,
                               parts[c] + base + begin);
         }
         if (!by_chain) join(p, parts, base, begin, end, t);
@@ -447,7 +432,7 @@ class CpuBackend final : public Backend {
   Matmul matmul_;
   Attention attention_;
   std::vector<std::vector<int32_t>> work_;  // per thread: keys of a selection
-  ChannelLists every_;                      // of a dense row
+  Channels every_;                          // of a dense row
   AlignedFloats parts_[kChains];            // sums of each chain, all products of a call
   std::vector<float> dense_;                // one row of a selection, for weights in rows layout
   AlignedFloats packed_[kDTypes];           // one row as gemv_rows wants it for weights of a type

@@ -1,8 +1,7 @@
 // One row times a weight, bound by memory. Channels layout (chain-inl.h): several channels per pass over the
-// outputs, whose accumulators stay in the cache; every output is one chain of multiply-adds per
-// ChannelList, in its order, so that leaving out a zero channel changes no bit and threads may cut the
-// outputs anywhere. Rows layout: dot products (rows-inl.h). Quantised lines are never widened in memory:
-// their bytes are what it is asked for.
+// outputs, whose accumulators stay in the cache; every output is two chains of multiply-adds over a
+// ChannelList (kernels.h), each in its order, so threads may cut the outputs anywhere. Rows layout: dot
+// products (rows-inl.h). Quantised lines are never widened in memory: their bytes are what it is asked for.
 #define LAROSA_WITH_VNNI
 #include "backend/cpu/targets.h"
 

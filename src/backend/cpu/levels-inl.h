@@ -17,10 +17,10 @@ namespace HWY_NAMESPACE {
 // then reach 57 % of the read bandwidth at 4 bits. So levels stay integers: kept channels are taken in pairs,
 // their levels side by side as 16-bit halves, and one multiply-add of pairs serves 32 weights. What
 // multiplies a channel in a group of outputs, value · scale, is rounded to a sign and 15 bits of the largest
-// such number among the channels of a block (kChainBlock channels), an error of at most 1/65534 of that; sums
-// within a block are exact, and blocks are added in float32 in order. A zero channel changes nothing: neither
-// the largest number nor a sum.
+// such number among the channels of a block (kChannelBlock channels that follow one another in a list), an
+// error of at most 1/65534 of that; sums within a block are exact, and blocks are added in float32 in order.
 
+constexpr int64_t kChannelBlock = 64;
 constexpr float kMostMultiplier = 32767;
 
 using HalfTag = hn::Repartition<int16_t, IntTag>;
@@ -252,7 +252,7 @@ struct Int8 {
 /// Nibble k of word L: value 16 k + L of 128, stored as q + 8. A part takes all nibbles of as many words as a
 /// vector has. Two neighbours have one multiplier, so a whole byte is summed beside one of its nibbles and
 /// the other one is what remains: 20 vector operations for 256 weights instead of 24. Sums stay below
-/// 255 · 32767 · kChainBlock, less than 2^30.
+/// 255 · 32767 · kChannelBlock, less than 2^30.
 struct Int4 {
   static constexpr DType kType = DType::int4;
   static constexpr int64_t kGroups = 4, kBytes = kQuantBlock / 2;

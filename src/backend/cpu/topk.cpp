@@ -192,32 +192,24 @@ HWY_INLINE hn::Mask<IntTag> kept_lanes(Ints v, int64_t left, int32_t key, int64_
   return hn::Or(over, hn::Gt(hn::Load(di, flag), hn::Zero(di)));
 }
 
-void take_lists(const float* x, const float* scale, int64_t n, Cut cut, ChannelList* lists) {
+int64_t take_list(const float* x, const float* scale, int64_t n, Cut cut, ChannelList& list) {
   const FloatTag d;
   const IntTag di;
   const Ints step = hn::Set(di, static_cast<int32_t>(lanes()));
   Ints at =
       hn::Iota(di, 0);  // stepped by hand: GCC builds an Iota of a variable through memory, 30 cycles each
-  int64_t ties = cut.ties;
-  int32_t* index[kChains] = {lists[0].index, lists[1].index};
-  float* value[kChains] = {lists[0].value, lists[1].value};
-  for (int64_t block = 0; block < n; block += kChainBlock) {
-    const int64_t chain = chain_of(block);
-    int32_t* to = index[chain];
-    float* to_value = value[chain];
-    for (int64_t i = block; i < block + kChainBlock && i < n; i += lanes(), at = hn::Add(at, step)) {
-      const auto in = kept_lanes(key_of(x + i, scale ? scale + i : nullptr, n - i), n - i, cut.key, ties);
-      const Floats v = load_part(d, x + i, n - i);
-      hn::StoreU(hn::Compress(at, in), di, to);
-      hn::StoreU(hn::Compress(v, hn::RebindMask(d, in)), d, to_value);
-      const int64_t kept = static_cast<int64_t>(hn::CountTrue(di, in));
-      to += kept;
-      to_value += kept;
-    }
-    index[chain] = to;
-    value[chain] = to_value;
+  int64_t kept = 0, ties = cut.ties;
+  list.count = 0;
+  for (int64_t i = 0; i < n; i += lanes(), at = hn::Add(at, step)) {
+    const auto in = kept_lanes(key_of(x + i, scale ? scale + i : nullptr, n - i), n - i, cut.key, ties);
+    const Floats v = load_part(d, x + i, n - i);
+    const auto listed = hn::AndNot(hn::RebindMask(di, hn::Eq(v, hn::Zero(d))), in);
+    hn::StoreU(hn::Compress(at, listed), di, list.index + list.count);
+    hn::StoreU(hn::Compress(v, hn::RebindMask(d, listed)), d, list.value + list.count);
+    kept += static_cast<int64_t>(hn::CountTrue(di, in));
+    list.count += static_cast<int64_t>(hn::CountTrue(di, listed));
   }
-  for (int64_t c = 0; c < kChains; ++c) lists[c].count = index[c] - lists[c].index;
+  return kept;
 }
 
 int64_t take_masked(const float* x, const float* scale, int64_t n, Cut cut, float* y) {
@@ -237,7 +229,7 @@ int64_t take_masked(const float* x, const float* scale, int64_t n, Cut cut, floa
 
 void fill_topk(Kernels& kernels) {
   kernels.find_cut = find_cut;
-  kernels.take_lists = take_lists;
+  kernels.take_list = take_list;
   kernels.take_masked = take_masked;
 }
 
