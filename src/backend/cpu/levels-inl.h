@@ -47,6 +47,14 @@ HWY_INLINE Ints dot_pairs(Words levels, Words multipliers, Ints sum) {
   return hn::Add(sum, hn::Add(low, hn::Mul(hn::ShiftRight<16>(a), hn::ShiftRight<16>(b))));
 #endif
 }
+#if HWY_TARGET == HWY_AVX3_DL
+/// sum + byte 0 · byte 0 + … + byte 3 · byte 3, in every 32-bit lane, levels from 0 to 255, digits from −128
+/// to 127.
+HWY_INLINE Ints dot_bytes(Words levels, Words digits, Ints sum) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(levels.raw), "v"(digits.raw));
+  return sum;
+}
+#endif
 template <int kBits>
 HWY_INLINE Words shift_halves(Words words) {
 #if HWY_TARGET == HWY_SCALAR  // has no halves
