@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Writes lm-evaluation-harness's own zero-shot requests as files that `larosa eval` reads.
+"""Writes lm-evaluation-harness's own requests as files that `larosa eval` reads.
 
     dev/lm_eval_export.py arc_easy sciq … -o DIR [--local DATA] [--limit N]
+    dev/lm_eval_export.py mmlu -o DIR --num-fewshot 5
 
 For every task DIR/TASK.requests.jsonl, a line per document: the (context, continuation) pairs that lm-eval makes of it, its
-answers and which is right. Then `larosa eval MODEL --tasks arc_easy,sciq --data DIR`. Any zero-shot task of type multiple_choice
-or loglikelihood will do. Documents come from where lm-eval takes them (downloads), or with --local from the files that
-`larosa eval` reads itself, turned back into what lm-eval's data sets hold (LOCAL below).
+answers and which is right. Then `larosa eval MODEL --tasks arc_easy,sciq --data DIR`. Any task of type multiple_choice or
+loglikelihood will do; a group of tasks becomes one file, so that its mean is the one over all documents (as lm-eval weights
+mmlu). --num-fewshot puts N examples before each document, the ones that lm-eval's command draws with its default seed.
+Documents come from where lm-eval takes them (downloads), or with --local from the files that `larosa eval` reads itself,
+turned back into what lm-eval's data sets hold (LOCAL below), without examples.
 
 Needs lm_eval (0.4.13).
 """
@@ -22,6 +25,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
 TASKS = pathlib.Path(lm_eval.tasks.__file__).parent
+FEWSHOT_SEED = 1234  # of lm-eval's command line
 LETTERS = "ABCD"
 
 
@@ -138,17 +142,24 @@ def main():
     parser.add_argument("-o", "--output", type=pathlib.Path, required=True)
     parser.add_argument("--local", type=pathlib.Path)
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--num-fewshot", type=int)
     args = parser.parse_args()
+    if args.local and args.num_fewshot:
+        raise SystemExit("--num-fewshot: the files of --local hold no examples")
     args.output.mkdir(parents=True, exist_ok=True)
     manager = None if args.local else lm_eval.tasks.TaskManager()
     for name in args.tasks:
-        task = local_task(name, args.local, args.limit) if args.local else manager.load([name])["tasks"][name]
-        if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-            raise SystemExit(f"{name}: is of type {task.OUTPUT_TYPE}, expected multiple_choice or loglikelihood")
+        tasks = [local_task(name, args.local, args.limit)] if args.local else list(manager.load([name])["tasks"].values())
         path = args.output / f"{name}.requests.jsonl"
         with path.open("w", encoding="utf-8") as file:
-            for line in lines_of(task, args.limit):
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            for task in tasks:
+                if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+                    raise SystemExit(f"{name}: is of type {task.OUTPUT_TYPE}, expected multiple_choice or loglikelihood")
+                if args.num_fewshot is not None:
+                    task.set_config("num_fewshot", args.num_fewshot)
+                task.set_fewshot_seed(FEWSHOT_SEED)
+                for line in lines_of(task, args.limit):
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
         print(path)
 
 
