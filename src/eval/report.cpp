@@ -48,6 +48,17 @@ std::string or_dash(double value, const char* pattern) {
   return std::isfinite(value) ? format(pattern, value) : "–";
 }
 
+/// A name as the first cell of a row: variants of a method may break behind : , and =, so that narrow pages
+/// show all of them.
+std::string first_cell(const std::string& name) {
+  std::string html;
+  for (const char c : name) {
+    html += escaped(std::string(1, c));
+    if (c == ':' || c == ',' || c == '=') html += "<wbr>";
+  }
+  return name.find(':') == std::string::npos ? html : "<span class=\"variant\">" + html + "</span>";
+}
+
 /// A table of the page. Cells are HTML; `key` sorts a cell where its text would not.
 struct Table {
   struct Cell {
@@ -307,7 +318,7 @@ class Report {
     for (const double s : sparsities_) table.head.push_back(percent(s));
     table.head.push_back("PPL-" + format("%g", percent_) + " %");
     for (const std::string& m : methods_) {
-      auto& cells = table.rows.emplace_back(Table::Row{style(m), {{escaped(m)}}}).cells;
+      auto& cells = table.rows.emplace_back(Table::Row{style(m), {{first_cell(m)}}}).cells;
       for (const double s : sparsities_) {
         const ResultRow* row = find(v, m, s);
         if (!row || !row->refused.empty()) {
@@ -359,7 +370,7 @@ class Report {
     for (const ResultRow* r : measured(v, true)) {
       table.rows.push_back(
           {style(r->method),
-           {{escaped(r->method)},
+           {{first_cell(r->method)},
             {percent(r->sparsity), r->sparsity},
             {percent_digit(r->reached) + " %", r->reached},
             with_error(r->ppl, r->ppl_error, "%.2f"),
@@ -383,27 +394,27 @@ class Report {
                (o->total_bytes < r.total_bytes || o->ppl < r.ppl);
       });
     };
-    Table table{{"method", "asked", "all MB", "weights", "adapters", "perplexity", "front"}, {}};
+    Table table{{"method", "front", "asked", "all MB", "weights", "adapters", "perplexity"}, {}};
     for (const ResultRow* r : rows) {
       if (!std::isfinite(r->total_bytes)) continue;
       table.rows.push_back({style(r->method),
-                            {{escaped(r->method)},
+                            {{first_cell(r->method)},
+                             {beaten(*r) ? "" : "●"},
                              {percent(r->sparsity), r->sparsity},
                              {megabytes(r->total_bytes), r->total_bytes},
                              {megabytes(r->weight_bytes), r->weight_bytes},
                              {megabytes(r->adapter_bytes), r->adapter_bytes},
-                             number(r->ppl, "%.2f"),
-                             {beaten(*r) ? "" : "●"}}});
+                             number(r->ppl, "%.2f")}});
     }
     if (const ResultRow* d = find(v, "dense", 0)) {
       table.rows.push_back({-1,
                             {{"dense"},
+                             {""},
                              {"0 %", 0},
                              {megabytes(d->total_bytes), d->total_bytes},
                              {megabytes(d->weight_bytes), d->weight_bytes},
                              {megabytes(0), 0},
-                             number(d->ppl, "%.2f"),
-                             {""}}});
+                             number(d->ppl, "%.2f")}});
     }
     return {line_plot(plot), table.rows.empty() ? "" : table.html(plot.title)};
   }
@@ -421,7 +432,7 @@ class Report {
     for (const ResultRow* r : measured(v, true)) {
       if (!std::isfinite(r->kl)) continue;
       table.rows.push_back({style(r->method),
-                            {{escaped(r->method)},
+                            {{first_cell(r->method)},
                              {percent(r->sparsity), r->sparsity},
                              with_error(r->kl, r->kl_error, "%.4f"),
                              {percent_digit(r->same_top) + " %", r->same_top}}});
@@ -459,7 +470,7 @@ class Report {
       const auto [text, value] = share_of(v, m);
       bars.push_back({m, style(m), 100 * value, text});
       table.rows.push_back({style(m),
-                            {{escaped(m)},
+                            {{first_cell(m)},
                              {escaped(text), value},
                              {c->low > 0 ? percent_digit(c->low) + " %" : "dense", c->low},
                              {c->between ? percent_digit(c->high) + " %" : "–", c->high}}});
@@ -483,7 +494,7 @@ class Report {
           table.rows
               .emplace_back(Table::Row{
                   style(r->method),
-                  {{escaped(r->method)},
+                  {{first_cell(r->method)},
                    {percent(r->sparsity), r->sparsity},
                    {percent_digit(r->reached) + " %", r->reached},
                    {format("%+.2f", 100 * (r->reached - r->sparsity)), std::abs(r->reached - r->sparsity)}}})
@@ -517,7 +528,7 @@ class Report {
     table.head = {"layer"};
     table.head.insert(table.head.end(), map.columns.begin(), map.columns.end());
     for (const HeatMap::Row& row : map.rows) {
-      auto& cells = table.rows.emplace_back(Table::Row{row.style, {{escaped(row.name)}}}).cells;
+      auto& cells = table.rows.emplace_back(Table::Row{row.style, {{first_cell(row.name)}}}).cells;
       for (const double kl : row.values) cells.push_back(number(kl, "%.4f"));
     }
     const std::string svg = heat_map(map);
@@ -537,7 +548,7 @@ class Report {
     for (const ResultRow* r : measured(v, false)) {
       if (!std::isfinite(r->speed)) continue;
       table.rows.push_back({style(r->method),
-                            {{escaped(r->method)},
+                            {{first_cell(r->method)},
                              {percent(r->sparsity), r->sparsity},
                              number(r->speed, "%.1f"),
                              number(r->dense_speed, "%.1f"),
@@ -567,7 +578,7 @@ class Report {
                 {}};
     for (const ResultRow& r : rows_) {
       table.rows.push_back({style(r.method),
-                            {{escaped(r.method) + (r.extra ? " <small>extra</small>" : "")},
+                            {{first_cell(r.method) + (r.extra ? " <small>extra</small>" : "")},
                              {escaped(r.form)},
                              {percent(r.sparsity), r.sparsity},
                              {escaped(r.text)},
