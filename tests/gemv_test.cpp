@@ -44,6 +44,7 @@ TEST(Gemv, MatchesTruth) {
     each_type([&](Layout layout, DType dtype) {
       for (const bool extra : {false, true}) {
         const ProductCase c(1, s, dtype, layout, extra, extra);
+        for (int64_t i = 0; extra && i < s.in; i += 3) c.x.mat.data[i] = 0;
         const auto truth = c.run(*ref), tolerances = c.tolerances(sum_bound(s.in));
         for (const Cpu& cpu : cpus)
           EXPECT_LE(worst_ratio(c.run(*cpu.backend), truth, tolerances), 1)
@@ -161,7 +162,7 @@ TEST(Outputs, DroppedRowsAreNotRead) {
     const Cpu cpu(isa, 2);
     const StoredWeight w(DType::f32, Layout::rows, 40, 70, false, random);
     const Rows x = Rows(1, 40).fill(random), score = Rows(1, 70).fill(random), y(1, 70);
-    for (const int64_t j : {0, 7, 69}) {  // in both chains
+    for (const int64_t j : {0, 7, 69}) {  // the first, one between, the last
       score.mat.data[j] = 0;
       for (int64_t i = 0; i < 40; ++i)
         store_element(const_cast<void*>(w.weight.data), DType::f32, j * 40 + i, std::nan(""));

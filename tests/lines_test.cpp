@@ -132,16 +132,19 @@ TEST_F(Lines, ComputeWhatTheyStandFor) {
       const auto dense = all_logits(model, *backend_, tokens, tokens.size(), true);
       const auto sparse = all_logits(model, *backend_, tokens, 1);
       EXPECT_GT(relative_rms(sparse, dense), 0.005);
-      // Rounding puts an entry of some texts to the other side of a cut.
-      double closest = 1, closest_ref = 1;
+      // Rounding puts an entry to the other side of a cut in one text of six, where it does in any.
+      std::vector<double> at_once, on_ref;
       for (uint64_t seed = 1; seed <= 6; ++seed) {
         const auto text = some_tokens(model.config.vocab, 16, seed);
         const auto steps = all_logits(model, *backend_, text, 1);
-        closest = std::min(closest, relative_rms(all_logits(model, *backend_, text, text.size()), steps));
-        closest_ref = std::min(closest_ref, relative_rms(all_logits(model, *ref, text, 1), steps));
+        at_once.push_back(relative_rms(all_logits(model, *backend_, text, text.size()), steps));
+        on_ref.push_back(relative_rms(all_logits(model, *ref, text, 1), steps));
       }
-      EXPECT_LT(closest, 2e-4);
-      EXPECT_LT(closest_ref, 2e-4);
+      for (std::vector<double>* off : {&at_once, &on_ref}) {
+        std::sort(off->begin(), off->end());
+        EXPECT_LT((*off)[3], 2e-4);
+        EXPECT_LT(off->back(), 0.1);
+      }
       for (Layer& layer : model.layers) {
         if (layer.plan.neurons.select != Select::all) layer.plan.neurons.cut = 0;
         for (Group& group : layer.plan.groups) group.rule.cut = 0;

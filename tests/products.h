@@ -45,10 +45,10 @@ class ProductCase {
   }
 
   /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for quantised weights besides, on
-  /// the cpu half a step of every multiplier, which have 15 bits of the largest one among a block of 64
-  /// channels or 128 inputs of a row (levels-inl.h, rows-inl.h). With cuda nothing besides for int8, and for
-  /// int4 `bound` of Σ|x·scale| times what levels are raised by, in the sum and in what is taken off
-  /// (Nibbles::kRaised), but no more than on the cpu.
+  /// the cpu half a step of every multiplier, which have 15 bits of the largest one among 64 channels that
+  /// follow one another in a chain, or among 128 inputs of a row (levels-inl.h, rows-inl.h). With cuda
+  /// nothing besides for int8, and for int4 `bound` of Σ|x·scale| times what levels are raised by, in the sum
+  /// and in what is taken off (Nibbles::kRaised), but no more than on the cpu.
   std::vector<Rows> tolerances(double bound, bool cuda = false) const {
     std::vector<Rows> all;
     for (size_t p = 0; p < weights.size(); ++p) {
@@ -85,10 +85,16 @@ class ProductCase {
   }
   double half_steps(const Weight& w, int64_t t, int64_t j) const {
     constexpr int64_t kBlock = 64;
+    std::vector<int64_t> listed;
+    for (int64_t i = 0; i < w.in; ++i)
+      if (x.at(t, i) != 0) listed.push_back(i);
+    const auto count = static_cast<int64_t>(listed.size()), half = count / 2;
     double off = 0;
-    for (int64_t first = 0; first < w.in; first += kBlock) {
+    for (int64_t first = 0, end = 0; first < count; first = end) {
+      end = std::min(first + kBlock, first < half ? half : count);
       double largest = 0, levels = 0;
-      for (int64_t i = first; i < std::min(w.in, first + kBlock); ++i) {
+      for (int64_t c = first; c < end; ++c) {
+        const int64_t i = listed[static_cast<size_t>(c)];
         const double scale = read_scale(w.line(i), w.dtype, w.out, j);
         float value = 0;
         read_line(w.line(i), w.dtype, w.out, j, 1, &value);

@@ -127,6 +127,7 @@ class Backend {
   virtual void rms_norm(Mat x, const float* gain, float eps, Mat y) = 0;
 
   /// For every product: y = x Wᵀ (+ bias) (+ y).               x (T, D); y (T, N); x aliases no y
+  /// W is finite: where x is zero it may not be read.
   virtual void matmul(Mat x, std::span<const Product> products) = 0;
 
   /// y = x R (+ y), a change of basis of the stream or of an activation, in float32 whatever Products says.

@@ -53,6 +53,10 @@ class AlignedFloats {
 /// A list of channels that owns its memory.
 class Channels {
  public:
+  Channels() = default;
+  Channels(const Channels&) = delete;
+  Channels& operator=(const Channels&) = delete;
+
   ChannelList& at_least(int64_t channels) {
     const size_t size = static_cast<size_t>(channels + kSlack);
     if (index_.size() < size) {
@@ -263,7 +267,7 @@ class CpuBackend final : public Backend {
       const ChannelList& list = s.channels.list();
       const int64_t begin = list.count * thread / pool_.size();
       const int64_t end = list.count * (thread + 1) / pool_.size();
-      kernels_.gemv_outputs(p.weight, packed, list.index + begin, list.value + begin, end - begin, p.y.data);
+      kernels_.gemv_outputs(p.weight, packed, list.index + begin, end - begin, p.y.data);
     });
   }
 

@@ -115,8 +115,7 @@ void gemv_rows(const Weight& weight, const float* packed, int64_t begin, int64_t
 
 /// Rows are visited in order and each is one stream; the start of the next one is fetched meanwhile, since
 /// the hardware does not follow from row to row.
-void gemv_outputs(const Weight& weight, const float* packed, const int32_t* index, const float* value,
-                  int64_t count, float* y) {
+void gemv_outputs(const Weight& weight, const float* packed, const int32_t* index, int64_t count, float* y) {
   const auto* const data = static_cast<const std::byte*>(weight.data);
   const int64_t line = weight.line_bytes();
   with_rows<AnyReading>(weight, packed, [&](const auto& dot) HWY_ATTR {
@@ -128,7 +127,6 @@ void gemv_outputs(const Weight& weight, const float* packed, const int32_t* inde
         for (int64_t byte = 0; byte < ahead; byte += kLine) __builtin_prefetch(next + byte, 0, 2);
       }
       const int64_t j = index[c];
-      if (value[c] == 0) continue;
       float v = 0;
       dot.template operator()<1>(j, 0, &v);
       if (weight.bias) v += weight.bias[j];

@@ -74,11 +74,10 @@ struct Kernels {
   /// left it
   void (*gemv_rows)(const Weight& w, const float* packed, int64_t begin, int64_t end, bool accumulate,
                     float* y);
-  /// The same for the outputs index[0, count) alone, whose value is not zero; without accumulate.
-  void (*gemv_outputs)(const Weight& w, const float* packed, const int32_t* index, const float* value,
-                       int64_t count, float* y);
+  /// The same for the outputs index[0, count) alone, without accumulate.
+  void (*gemv_outputs)(const Weight& w, const float* packed, const int32_t* index, int64_t count, float* y);
   /// x in the order in which gemv_rows meets the weights of `dtype`, padded with zeros to padded_line(n); for
-  /// quantised ones rounded (rows-inl.h).  packed: padded_line(n)
+  /// quantised ones rounded (rows-inl.h).  packed: padded_line(n), aligned to 64 bytes
   void (*pack_input)(const float* x, DType dtype, int64_t n, float* packed);
 
   // -- topk ---------------------------------------------------------------------------------------------

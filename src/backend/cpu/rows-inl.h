@@ -52,9 +52,9 @@ HWY_INLINE void dot_rows(const typename Format::Stored* w, int64_t apart, int64_
 }
 
 // Quantised rows. As in channels, levels stay integers: x is rounded to a sign and 15 bits of the largest
-// entry of its block of 128, in pairs as the products want them; sums within a group are exact, and groups
-// are added in float32. Where bytes are multiplied by fours (VNNI), the numbers for 4 bits are two digits,
-// 256 · upper + lower, both from −128 to 127: 12 vector operations for 128 weights instead of 17.
+// entry of its block of 128, in the order in which products want them; sums within a group are exact, and
+// groups are added in float32. Where bytes are multiplied by fours (VNNI), the numbers for 4 bits are two
+// digits, 256 · upper + lower, both from −128 to 127: 12 vector operations for 128 weights instead of 17.
 
 #undef LAROSA_DIGITS
 #define LAROSA_DIGITS (HWY_TARGET == HWY_AVX3_DL)
@@ -135,7 +135,7 @@ void round_row(const float* x, int64_t n, float* row) {
 }
 
 /// sums += scale · Σ x · q of a block, by turns in `a` and `b`, so that one chain of multiply-adds does not
-/// wait for itself.
+/// wait for itself (digits: in `a`).
 HWY_INLINE void add_int8(const std::byte* block, const int16_t* x, const float* scale, Floats& a,
                          [[maybe_unused]] Floats& b) {
   const FloatTag d;
