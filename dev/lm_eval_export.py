@@ -150,11 +150,12 @@ def main():
     manager = None if args.local else lm_eval.tasks.TaskManager()
     for name in args.tasks:
         tasks = [local_task(name, args.local, args.limit)] if args.local else list(manager.load([name])["tasks"].values())
+        for task in tasks:
+            if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
+                raise SystemExit(f"{name}: is of type {task.OUTPUT_TYPE}, expected multiple_choice or loglikelihood")
         path = args.output / f"{name}.requests.jsonl"
         with path.open("w", encoding="utf-8") as file:
             for task in tasks:
-                if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood"):
-                    raise SystemExit(f"{name}: is of type {task.OUTPUT_TYPE}, expected multiple_choice or loglikelihood")
                 if args.num_fewshot is not None:
                     task.set_config("num_fewshot", args.num_fewshot)
                 task.set_fewshot_seed(FEWSHOT_SEED)

@@ -106,7 +106,7 @@ class ProductCase {
     return off;
   }
   double half_steps_of_row(const Weight& w, int64_t t, int64_t j) const {
-    constexpr double kMost = 32639;  // as digits; 32767 elsewhere
+    const double most = w.dtype == DType::int4 ? 32639 : 32767;  // the former as digits (rows-inl.h)
     std::vector<float> row(static_cast<size_t>(w.in));
     read_line(w.line(j), w.dtype, w.in, 0, w.in, row.data());
     double off = 0;
@@ -116,7 +116,7 @@ class ProductCase {
         largest = std::max(largest, std::fabs(double{x.at(t, i)}));
         sum += std::fabs(double{row[static_cast<size_t>(i)]});
       }
-      off += 0.5001 / kMost * largest * sum;
+      off += 0.5001 / most * largest * sum;
     }
     return off;
   }
