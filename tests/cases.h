@@ -13,7 +13,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <random>
+#include <numbers>
 #include <set>
 #include <string>
 #include <utility>
@@ -61,7 +61,7 @@ struct AttendCase {
 };
 inline const std::vector<AttendCase> kAttendCases = {
     {1, 1, 2, 0, {1, 1, 1}},           {4, 2, 20, 0, {3, 1, 17, 1}},     {6, 2, 64, 0, {64, 1, 2, 17}},
-    {2, 2, 33, 5, {7, 1, 30, 1}},      {4, 1, 16, 100, {300, 1, 70, 1}}, {2, 1, 64, 0, {1100, 1, 200, 1, 1}},
+    {2, 2, 33, 5, {7, 1, 30, 1}},      {4, 1, 16, 100, {300, 1, 70, 1}}, {2, 1, 32, 0, {1100, 1, 200, 1, 1}},
     {2, 1, 16, 300, {1500, 1, 3, 64}},
 };
 
@@ -112,15 +112,28 @@ struct Cpu {
   std::unique_ptr<Backend> backend;
 };
 
+/// SplitMix64 (Steele, Lea, Flood, 2014).
 class Random {
  public:
-  explicit Random(uint32_t seed) : engine_(seed) {}
-  float normal() { return normal_(engine_); }
-  int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(engine_); }
+  explicit Random(uint32_t seed) : state_(seed) {}
+  /// About normal, mean 0 and variance 1: the sum of four uniform numbers, without logarithms (which took
+  /// half of gemv_test's time under the sanitizers).
+  float normal() {
+    const uint64_t bits = next();
+    int64_t sum = -2 * 0xffff;
+    for (int quarter = 0; quarter < 4; ++quarter) sum += static_cast<int64_t>(bits >> 16 * quarter & 0xffff);
+    return static_cast<float>(sum) * (std::numbers::sqrt3_v<float> / 65536);
+  }
+  int64_t below(int64_t n) { return static_cast<int64_t>(next() % static_cast<uint64_t>(n)); }
 
  private:
-  std::mt19937 engine_;
-  std::normal_distribution<float> normal_;
+  uint64_t next() {
+    uint64_t z = state_ += 0x9e3779b97f4a7c15u;
+    z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+    return z ^ z >> 31;
+  }
+  uint64_t state_;
 };
 
 /// Memory before a page that may not be touched: a kernel that reads or writes past the end crashes, whatever

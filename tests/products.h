@@ -45,10 +45,11 @@ class ProductCase {
   }
 
   /// What a result may be off by: `bound` · (Σ|x·w| + |bias| + |y|), and for quantised weights besides, on
-  /// the cpu half a step of every multiplier, which have 15 bits of the largest one among 64 channels that
-  /// follow one another in a chain, or among 128 inputs of a row (levels-inl.h, rows-inl.h). With cuda
-  /// nothing besides for int8, and for int4 `bound` of Σ|x·scale| times what levels are raised by, in the sum
-  /// and in what is taken off (Nibbles::kRaised), but no more than on the cpu.
+  /// the cpu, whose products of more than two rows widen them instead, half a step of every multiplier, which
+  /// have 15 bits of the largest one among 64 channels that follow one another in a chain, or among 128
+  /// inputs of a row (levels-inl.h, rows-inl.h). With cuda nothing besides for int8, and for int4 `bound` of
+  /// Σ|x·scale| times what levels are raised by, in the sum and in what is taken off (Nibbles::kRaised), but
+  /// no more than on the cpu.
   std::vector<Rows> tolerances(double bound, bool cuda = false) const {
     std::vector<Rows> all;
     for (size_t p = 0; p < weights.size(); ++p) {
@@ -65,7 +66,8 @@ class ProductCase {
             sum += std::fabs(double{x.at(t, i)} * values[static_cast<size_t>(at)]);
           }
           double levels = 0;
-          if (quantised(w.dtype) && !cuda) levels = rows ? half_steps_of_row(w, t, j) : half_steps(w, t, j);
+          if (quantised(w.dtype) && !cuda && x.mat.rows <= 2)
+            levels = rows ? half_steps_of_row(w, t, j) : half_steps(w, t, j);
           if (w.dtype == DType::int4 && !rows && cuda)
             levels = std::min(bound * 2 * 136 * scaled(w, t, j), half_steps(w, t, j));
           all[p].mat.row(t)[j] = static_cast<float>(bound * sum + levels);
