@@ -68,11 +68,13 @@ def drelu(model, config):
 
 
 def qsparse(model, config):
-    """Q-Sparse: every projection reads the largest int((1 - sparse_ratio) n) entries of its input."""
+    """Q-Sparse: every projection reads the largest int((1 - sparse_ratio) n) entries of its input; with
+    sparse_rescale divided by their length."""
     def keep(module, inputs):
         x = inputs[0]
         kept = x.abs().topk(int((1 - config["sparse_ratio"]) * x.shape[-1]), dim=-1).indices
-        return torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept)),
+        x = torch.zeros_like(x).scatter(-1, kept, x.gather(-1, kept))
+        return F.normalize(x, dim=-1) if config.get("sparse_rescale") else x,
     for layer in model.model.layers:
         for module in layer.modules():
             if isinstance(module, torch.nn.Linear):
@@ -88,6 +90,8 @@ SPARSE = {
     "turbosparse-bf16": ("Bamboo", "bamboo", dict(hidden_act="relu", sliding_window=None), "bfloat16", 1,
                          "mistral", drelu),
     "qsparse-bf16": ("Qwen2", "qwen2", dict(use_sliding_window=False, sparse_ratio=0.4), "bfloat16", 1, None, qsparse),
+    "qsparse-rescaled-bf16": ("Llama", "llama", dict(attention_bias=True, sparse_ratio=0.4, sparse_rescale=True),
+                              "bfloat16", 1, None, qsparse),
 }
 
 

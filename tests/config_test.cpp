@@ -105,6 +105,9 @@ TEST(Config, TrainedSparsity) {
   const ModelConfig q = parse_config(changed("qwen2", R"({"sparse_ratio":0.4})"), "c.json");
   EXPECT_EQ(q.trained_keep(10), 6);
   EXPECT_EQ(q.trained_keep(11), 6);  // rounded down
+  EXPECT_FALSE(q.sparse_rescale);
+  const char* rescaled = R"({"sparse_ratio":0.4,"sparse_rescale":true})";
+  EXPECT_TRUE(parse_config(changed("qwen2", rescaled), "c.json").sparse_rescale);
 }
 
 TEST(Config, RefusesWhatItCannotRun) {
@@ -152,6 +155,8 @@ TEST(Config, RefusesWhatItCannotRun) {
       {"bamboo", R"({"hidden_act":"silu"})", {"hidden_act", "relu"}},
       {"qwen2", R"({"sparse_ratio":1})", {"sparse_ratio"}},
       {"qwen2", R"({"sparse_ratio":"half"})", {"sparse_ratio"}},
+      {"qwen2", R"({"sparse_rescale":true})", {"sparse_rescale", "sparse_ratio"}},
+      {"qwen2", R"({"sparse_ratio":0.4,"sparse_rescale":1})", {"sparse_rescale", "1"}},
       {"llama", R"({"mlp_bias":true})", {"mlp_bias"}},
       {"llama", R"({"attention_bias":"yes"})", {"attention_bias", "true or false"}},
       {"llama", R"({"tie_word_embeddings":1})", {"tie_word_embeddings"}},

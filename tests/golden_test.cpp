@@ -43,7 +43,7 @@ class Golden : public testing::Test {
     auto dirs = tiny_models();
     ASSERT_GE(dirs.size(), 12u);
     const auto sparse = tiny_models("sparse");
-    ASSERT_EQ(sparse.size(), 5u);
+    ASSERT_EQ(sparse.size(), 6u);
     dirs.insert(dirs.end(), sparse.begin(), sparse.end());
     for (const std::string& dir : dirs) {
       const Model model = load_model(dir);

@@ -283,6 +283,18 @@ TEST_F(Methods, TrainedSparseEqualsDenseBitForBit) {
   }
 }
 
+/// What is kept of a row of zeros has no length to be divided by: it stays zero.
+TEST_F(Methods, RescaledZerosStayZero) {
+  Model model = load_model(source_path("tests/golden/sparse/qsparse-rescaled-bf16"));
+  ASSERT_TRUE(model.layers[0].plan.groups[0].rule.rescaled);
+  const std::vector<float> zeros(static_cast<size_t>(model.config.vocab * model.config.dim));
+  model.outer.embed.data = zeros.data();
+  const auto tokens = some_tokens(model.config.vocab, 9);
+  for (const size_t chunk : {size_t{1}, tokens.size()}) {
+    for (const float logit : all_logits(model, *backend_, tokens, chunk)) ASSERT_TRUE(std::isfinite(logit));
+  }
+}
+
 /// `up` by outputs goes through rounding by moments as well.
 TEST_F(Methods, TrainedSparseIsRoundedByMoments) {
   TemporaryDir dir;

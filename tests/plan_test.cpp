@@ -70,6 +70,7 @@ TEST(Plan, RandomPlansComeBackEqual) {
         rule.scaled = below(2);
         rule.rotated = below(2);
         rule.trained = below(2);
+        rule.rescaled = below(2);
       }
       plan.layers.push_back(layer);
     }
@@ -107,7 +108,7 @@ TEST(Plan, JsonRefusalsNameTheField) {
     expect([&](json& j) { group(j, 0).erase(name); }, {"layers.1.groups.0." + std::string(name)});
     expect([&](json& j) { group(j, 0)[name] = true; }, {"layers.1.groups.0." + std::string(name)});
   }
-  for (const char* name : {"scaled", "rotated", "trained"})
+  for (const char* name : {"scaled", "rotated", "trained", "rescaled"})
     expect([&](json& j) { group(j, 0)[name] = 1; }, {"layers.1.groups.0." + std::string(name)});
   expect([&](json& j) { group(j, 0)["select"] = "best"; }, {"groups.0.select", "best"});
   expect([&](json& j) { group(j, 0)["projections"][1] = "wz"; }, {"groups.0.projections", "wz"});
@@ -158,6 +159,24 @@ TEST(Plan, ValidateRefusals) {
          {"layer 1", "wq", "rank is 3", "nothing is dropped"});
   expect([&](Plan& p) { p.layers[1].groups[0] = {{wq, wk, wv}, half, 6}; }, {"layer 1", "rank", "5 (wk)"});
   expect([&](Plan& p) { p.layers[1].groups[0] = {{wq, wk, wv}, half, -1}; }, {"layer 1", "rank is -1"});
+  Rule rescaled = half;
+  rescaled.rescaled = true;
+  expect(
+      [&](Plan& p) {
+        p.layers[1].groups[0] = {{wq, wk, wv}, rescaled, 3};
+      },
+      {"layer 1", "rank", "rescaled"});
+  expect([&](Plan& p) { p.layers[0].neurons = rescaled; }, {"layer 0", "neurons", "rescaled"});
+  for (const bool rotated : {false, true}) {
+    expect(
+        [&](Plan& p) {
+          Rule& rule = p.layers[1].groups[0].rule;
+          rule = rescaled;
+          rule.select = rotated ? Select::topk : Select::all;
+          rule.rotated = rotated;
+        },
+        {"layer 1", "rescaled", "expected"});
+  }
   expect([](Plan& p) { p.layers[0].neurons = {Select::topk, 41}; }, {"layer 0", "neurons", "keep", "40"});
   expect([](Plan& p) { p.layers[0].neurons = {Select::topk, 4, 0, true}; }, {"layer 0", "neurons", "scaled"});
   expect(

@@ -122,7 +122,7 @@ Activation read_activation(const Fields& fields) {
 }
 
 /// Q-Sparse (arXiv 2407.10969): `sparse_ratio`, the name and the rounding of its authors' code
-/// (github.com/ustcwhy/Q-Sparse); not positive: dense. That code has no rescale after the selection.
+/// (github.com/ustcwhy/Q-Sparse); not positive: dense.
 double read_sparse_ratio(const Fields& fields, const ModelConfig& config) {
   constexpr double kMost = 0.99;
   const double ratio = fields.find_number("sparse_ratio", -1e9, kMost).value_or(0);
@@ -133,6 +133,13 @@ double read_sparse_ratio(const Fields& fields, const ModelConfig& config) {
                 thinned.trained_keep(config.ffn)}) < 1)
     fields.refuse("sparse_ratio", "which keeps nothing");
   return ratio;
+}
+
+/// The rescale of the paper (§2.1), which its authors' code does not have: a field of our own.
+bool read_sparse_rescale(const Fields& fields, const ModelConfig& config) {
+  const bool rescale = fields.boolean_or("sparse_rescale", false);
+  if (rescale && config.sparse_ratio == 0) fields.refuse("sparse_rescale", "which needs a sparse_ratio");
+  return rescale;
 }
 
 /// One id, a list of ids, or none.
@@ -203,6 +210,7 @@ void read_common(const Fields& fields, const FamilyDefaults& defaults, ModelConf
   config.norm_eps = static_cast<float>(fields.find_number("rms_norm_eps", 1e-30, 0.0999).value_or(1e-6));
   config.activation = read_activation(fields);
   config.sparse_ratio = read_sparse_ratio(fields, config);
+  config.sparse_rescale = read_sparse_rescale(fields, config);
   read_rope(fields, config);
   config.tied = fields.boolean_or("tie_word_embeddings", false);
   config.bos = read_ids(fields, "bos_token_id", defaults.bos, config.vocab);

@@ -29,8 +29,9 @@ struct ModelConfig {
   int64_t vocab = 0;
   int64_t context = 0;  // longest timeline the model was made for, tokens
   float norm_eps = 1e-5f;
-  Activation activation;    // of the feed-forward
-  double sparse_ratio = 0;  // Q-Sparse: trained with this share of every projection's inputs set to zero
+  Activation activation;        // of the feed-forward
+  double sparse_ratio = 0;      // Q-Sparse: trained with this share of every projection's inputs set to zero
+  bool sparse_rescale = false;  // … and with what is left of them divided by its length
   double rope_theta = 10000;
   std::optional<Llama3Rope> rope_scaling;
   bool tied = false;         // lm_head is the embedding

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <limits>
 #include <utility>
 
 #include "base/error.h"
@@ -49,6 +51,20 @@ void Decoder::select(const Rule& rule, const float* scale, Mat entries) {
   } else {
     backend_.threshold(entries, scale, rule.cut, *kept_);
   }
+}
+
+/// What was kept of the site's rows, divided by the length of each; room: as large as these. A row of zeros
+/// stays one.
+void Decoder::rescale(Site site, Mat room) {
+  constexpr float kTiny = std::numeric_limits<float>::min();
+  auto& [gain, memory] = unit_gains_[static_cast<size_t>(site)];
+  if (!memory) {
+    gain.assign(static_cast<size_t>(room.cols), 1 / std::sqrt(static_cast<float>(room.cols)));
+    memory = backend_.upload(gain.data(), room.cols * static_cast<int64_t>(sizeof(float)));
+  }
+  backend_.expand(*kept_, room);
+  backend_.rms_norm(room, static_cast<const float*>(memory.get()), kTiny, room);
+  backend_.threshold(room, nullptr, 0, *kept_);  // the same entries: what was dropped is zero
 }
 
 /// What the group's rule has dropped, through its low-rank products.
@@ -130,6 +146,7 @@ void Decoder::apply(const Step& step, Site site, Mat entries) {
     select(rule, layer.groups[g].scale, vector);
     if (step.pass.tally) count(group, backend_.count(*kept_));
     if (!rule.rotated) {
+      if (rule.rescaled) rescale(site, turned);
       if (step.pass.observer) {
         backend_.expand(*kept_, turned);
         observe(g, turned);

@@ -97,6 +97,7 @@ class Decoder {
            std::span<const Segment> segments, const Pass& pass, Mat hidden);
   void apply(const Step& step, Site site, Mat entries);
   void select(const Rule& rule, const float* scale, Mat entries);
+  void rescale(Site site, Mat room);
   void add_low_rank(const Step& step, size_t group, Mat entries);
   void choose_neurons(const Step& step, Mat entries);
 
@@ -106,6 +107,12 @@ class Decoder {
   int64_t max_rows_;
   std::shared_ptr<void> memory_;
   std::shared_ptr<const void> inv_freq_;
+  // Gains of 1/√D, with which rms_norm gives rows of length 1: by Site, made where a rule rescales.
+  struct UnitGain {
+    std::vector<float> values;  // (D)
+    std::shared_ptr<const void> memory;
+  };
+  std::array<UnitGain, 4> unit_gains_;
   Mat h_, q_, k_, v_, att_, gate_, up_, mid_, x_, next_, turned_, back_;
   std::unique_ptr<Selection> kept_;
 };

@@ -173,6 +173,7 @@ LayerPlan trained_layer(const ModelConfig& config) {
       group.rule.select = Select::topk;
       group.rule.keep = config.trained_keep(projection_in(config, group.projections[0]));
       group.rule.trained = true;
+      group.rule.rescaled = config.sparse_rescale;
     } else if (reads_neurons && config.activation.rests()) {
       group.rule.select = Select::threshold;
     }

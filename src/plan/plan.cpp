@@ -27,6 +27,7 @@ json rule_to_json(const Rule& rule) {
   if (rule.scaled) j["scaled"] = true;
   if (rule.rotated) j["rotated"] = true;
   if (rule.trained) j["trained"] = true;
+  if (rule.rescaled) j["rescaled"] = true;
   return j;
 }
 
@@ -44,6 +45,7 @@ Rule rule_from_json(const Fields& j) {
   rule.scaled = j.boolean_or("scaled", false);
   rule.rotated = j.boolean_or("rotated", false);
   rule.trained = j.boolean_or("trained", false);
+  rule.rescaled = j.boolean_or("rescaled", false);
   return rule;
 }
 
@@ -104,12 +106,15 @@ void validate_rule(const Rule& rule, int64_t dim, const std::string& where) {
   if (rule.select == Select::threshold && (rule.keep < 0 || rule.keep > dim)) {
     fail(where, ": keep is ", rule.keep, ", expected at most ", dim);
   }
+  if (rule.rescaled && (rule.select == Select::all || rule.rotated))
+    fail(where, ": rescaled: expected a rule that selects entries as they are, not rotated");
 }
 
 void validate_rank(const Group& group, const PlanShape& shape, const std::string& where) {
   if (group.rank == 0) return;
-  if (group.rule.select == Select::all || group.rule.rotated)
-    fail(where, ": rank is ", group.rank, ", expected none where nothing is dropped or the rule is rotated");
+  if (group.rule.select == Select::all || group.rule.rotated || group.rule.rescaled)
+    fail(where, ": rank is ", group.rank,
+         ", expected none where nothing is dropped or the rule is rotated or rescaled");
   for (Projection p : group.projections) {
     const int64_t most = std::min(shape.site_dim[static_cast<size_t>(site_of(p))], outputs(shape, p));
     if (group.rank < 0 || group.rank > most)
@@ -121,8 +126,9 @@ void validate_neurons(const LayerPlan& layer, const PlanShape& shape, const std:
   const Rule& rule = layer.neurons;
   if (rule.select == Select::all) return;
   validate_rule(rule, shape.site_dim[static_cast<size_t>(Site::h4)], where + ": neurons");
-  if (rule.scaled || rule.rotated || rule.trained)
-    fail(where, ": neurons: are chosen by |a(gate)| alone, expected neither scaled, rotated nor trained");
+  if (rule.scaled || rule.rotated || rule.trained || rule.rescaled)
+    fail(where,
+         ": neurons: are chosen by |a(gate)| alone, expected neither scaled, rotated, trained nor rescaled");
   for (const Group& group : layer.groups) {
     const auto& all = group.projections;
     const bool has_up = std::find(all.begin(), all.end(), Projection::up) != all.end();

@@ -27,6 +27,8 @@ struct Rule {
   bool scaled = false;  // the score is |x_i|·scale_i, else |x_i|; tensor "layers.L.<first projection>.scale"
   bool rotated = false;  // thinned in a run-time basis: h ← select(h B) Bᵀ; tensor "layers.L.<first>.basis"
   bool trained = false;  // the model was trained to be read so: a dense pass thins it too
+  // What is kept is divided by its own length: x ← x / ‖x‖₂ (Q-Sparse, arXiv 2407.10969 §2.1).
+  bool rescaled = false;
   bool operator==(const Rule&) const = default;
 };
 
@@ -83,8 +85,8 @@ struct PlanShape {
 
 /// Throws Error (source, layer, field) unless every projection stands in exactly one group whose projections
 /// share a site, keeps are in [1, D], cuts are finite and non-negative, ranks are in [0, min(D, N)] and only
-/// where something is dropped, `up` reads its whole input where neurons are chosen, and the number of layers
-/// fits.
+/// where something is dropped, rescaled rules select something, are not rotated and have no rank, `up`
+/// reads its whole input where neurons are chosen, and the number of layers fits.
 void validate(const Plan& plan, const PlanShape& shape, const std::string& source);
 
 /// Outputs of a projection.
