@@ -107,6 +107,32 @@ TEST(Lagrangian, BudgetAndBoundsWhateverTheCurves) {
   EXPECT_THROW(lagrangian_levels(curves, 0.96), Error);
 }
 
+TEST(SiteScale, FindsTheMinimumOfTheSumsOverLayers) {
+  // Σ a s² at Σ w s = S is least at s = S (w / a) / Σ (w² / a), a and w summed per site; h3 has two groups.
+  using enum Projection;
+  LayerPlan layer;
+  layer.groups = {{{wq, wk, wv}, {}}, {{wo}, {}}, {{gate}, {}}, {{up}, {}}, {{down}, {}}};
+  const double weight[] = {2, 1, 2, 3, 3}, cost[2][5] = {{1, 0.1, 1, 2, 0.5}, {0.5, 0.4, 0.5, 0.5, 0.5}};
+  const double weights[] = {4, 2, 10, 6}, costs[] = {1.5, 0.5, 4, 1};
+  std::vector<Curve> curves;
+  for (const auto& of_layer : cost) {
+    for (size_t g = 0; g < 5; ++g)
+      curves.push_back(curve_of(weight[g], [&](double level) { return of_layer[g] * level * level; }));
+  }
+  const std::vector<LayerPlan> layers = {layer, layer};
+  const auto found = search_site_scale(layers, curves, 0.4, 0),
+             half = search_site_scale(layers, curves, 0.4, 0.5);
+  double scale = 0;
+  for (size_t i = 0; i < 4; ++i) scale += weights[i] * weights[i] / costs[i] / 22;
+  for (size_t i = 0; i < 4; ++i) {
+    EXPECT_NEAR(found[i], weights[i] / costs[i] / scale, 0.0006) << i;
+    EXPECT_EQ(found[i], std::round(1000 * found[i]) / 1000);
+    EXPECT_NEAR(half[i], 0.5 + found[i] / 2, 0.0011) << i;
+  }
+  EXPECT_EQ(search_site_scale(layers, curves, 0.4, 1), Choice{}.site_scale);
+  EXPECT_EQ(search_site_scale(layers, curves, 0, 0), Choice{}.site_scale);
+}
+
 TEST(Magnitudes, QuantilesOfWhatWasSeen) {
   std::vector<float> x;
   for (int i = 1; i <= 1000; ++i) x.push_back((i % 2 ? 1.0f : -1.0f) * static_cast<float>(i));

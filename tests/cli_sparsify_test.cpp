@@ -61,6 +61,13 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
     expect_refused(sparsify("larosa", {uniform, "--shrink", "0", "--calib", text()}),
                    {"--shrink", "uniform"});
   expect_refused(sparsify("teal", {"--allocation", "lagrangian", "--calib", text()}), {"lagrangian", "teal"});
+  for (const char* method : {"teal", "cats", "rsparse", "dense"})
+    expect_refused(sparsify(method, {"--site-scale", "search", "--calib", text()}), {"--site-scale", method});
+  expect_refused(sparsify("larosa", {"--site-scale", "search", "--allocation", "greedy"}),
+                 {"--site-scale search", "greedy"});
+  expect_refused(sparsify("larosa", {"--site-scale", "search", "--currency", "none"}), {"--currency none"});
+  expect_refused(sparsify("topk", {"--site-scale", "search"}), {"--calib", "topk"});
+  expect_refused(sparsify("topk", {"--site-scale", "find"}), {"--site-scale find", "search"});
   expect_refused(sparsify("wina", {"--bases", "separate"}), {"--bases", "wina"});
   expect_refused(sparsify("wina", {"--score", "norm"}), {"--score", "wina"});
   expect_refused(sparsify("larosa", {"--bases", "h1", "--pool", "on", "--calib", text()}),
@@ -74,6 +81,32 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   const auto plan = nlohmann::json::parse(run({"inspect", dir_ / "dense", "--json"}).out)["plan"];
   EXPECT_EQ(plan["sparsity_asked"], 0.0);
   EXPECT_FALSE(plan["notes"].contains("score"));
+}
+
+TEST_F(Cli, SiteScalesAreFoundAndNamed) {
+  const std::string made = dir_ / "made";
+  const Arguments a = {"sparsify", model(), "-o", made, "--calib", text(), "--site-scale", "search"};
+  const Outcome o = run(a);
+  ASSERT_EQ(o.code, 0) << o.err;
+  const auto plan = nlohmann::json::parse(run({"inspect", made, "--json"}).out)["plan"];
+  const std::string found = plan["notes"]["site_scale"];
+  EXPECT_EQ(std::count(found.begin(), found.end(), ','), 3) << found;
+  EXPECT_NE(o.err.find("--site-scale " + found), std::string::npos) << o.err;
+  fs::remove_all(made);
+  // Resumed it is the same job, and numbers are another one.
+  ASSERT_EQ(run(a, {"/dev/null", 24000}).code, 1);
+  Arguments other = a;
+  other.back() = found;
+  EXPECT_NE(run(other).err.find("other options"), std::string::npos);
+  EXPECT_EQ(run(a).code, 0);
+  EXPECT_EQ(nlohmann::json::parse(run({"inspect", made, "--json"}).out)["plan"], plan);
+  const Outcome swept = run({"sweep", model(), "--methods", "larosa:site-scale=search,shrink=0,topk",
+                             "--sparsity", "0.25,0.5", "--calib", text(), "-f", text(), "-c", "32",
+                             "--chunks", "2", "-o", dir_ / "grid", "--no-speed", "--ppl-share", "0"});
+  ASSERT_EQ(swept.code, 0) << swept.err;
+  const std::string csv = dir_ / "grid/results.csv";
+  const auto rows = results_from_csv(file_bytes(csv), csv);
+  EXPECT_EQ(std::ranges::count(rows, "larosa:site-scale=search,shrink=0", &ResultRow::method), 2);
 }
 
 TEST_F(Cli, CountedAdaptersMakeWayForOneBasis) {

@@ -418,6 +418,42 @@ TEST_F(Methods, LevelsShrinkToTheUniformOnes) {
   EXPECT_NE(message_of([&] { make(demo_model(), "unused", options); }).find("--shrink"), std::string::npos);
 }
 
+/// The plan is the one that the scales it names give; all layers have it, and it meets the budget.
+TEST_F(Methods, SearchedSiteScalesAreNamed) {  // law 7
+  const std::string source = source_path("tests/golden/models/llama3.1-f32");
+  for (const char* method : {"larosa", "topk", "wina"}) {
+    SCOPED_TRACE(method);
+    TemporaryDir dir;
+    SparsifyOptions options = with_sparsity(0.5);
+    options.method = method;
+    options.choice.allocation = Allocation::sites;
+    options.choice.currency = Currency::relative;
+    options.choice.shrink = 0;
+    make(source, dir / "out", options);
+    const Model model = load_model(dir / "out");
+    EXPECT_NEAR(weight_sparsity(model.plan, plan_shape(model.config)), 0.5, 0.01);
+    for (const LayerPlan& layer : model.plan.layers) EXPECT_EQ(layer.groups, model.plan.layers[0].groups);
+    const std::string named = model.plan.notes.at("site_scale");
+    EXPECT_EQ(model.plan.notes.at("allocation"), "site scales");
+    options.choice.allocation = Allocation::uniform;
+    auto& scale = options.choice.site_scale;
+    ASSERT_EQ(std::sscanf(named.c_str(), "%lf,%lf,%lf,%lf", &scale[0], &scale[1], &scale[2], &scale[3]), 4);
+    EXPECT_NE(scale, Choice{}.site_scale);
+    make(source, dir / "named", options);
+    const Model again = load_model(dir / "named");
+    EXPECT_EQ(again.plan.layers, model.plan.layers);
+    EXPECT_EQ(again.plan.notes.at("site_scale"), named);
+  }
+  for (const char* method : {"teal", "cats", "rsparse"}) {
+    SparsifyOptions options = with_sparsity(0.3);
+    options.method = method;
+    options.choice.allocation = Allocation::sites;
+    const std::string message = message_of([&] { make(source, "unused", options); });
+    EXPECT_NE(message.find("--site-scale search: method " + std::string(method)), std::string::npos)
+        << message;
+  }
+}
+
 /// What one sparsity leaves, another takes: the same bytes as without, and nothing of another job.
 TEST_F(Methods, BasesAndCurvesServeEverySparsity) {
   TemporaryDir dir;

@@ -30,12 +30,15 @@ struct Flags {
   MachineOptions machine;
 };
 
+constexpr const char* kSearch = "search";  // --site-scale
+
 std::array<double, 4> parse_scales(const std::string& text) {
+  if (text == kSearch) return Choice{}.site_scale;
   std::array<double, 4> scales{};
   char end = 0;
   if (std::sscanf(text.c_str(), "%lf,%lf,%lf,%lf%c", &scales[0], &scales[1], &scales[2], &scales[3], &end) !=
       4) {
-    fail("--site-scale ", text, ": expected four numbers a,b,c,d for h1 h2 h3 h4");
+    fail("--site-scale ", text, ": expected four numbers a,b,c,d for h1 h2 h3 h4, or search");
   }
   return scales;
 }
@@ -55,12 +58,14 @@ void apply_preset(Flags& f, const CLI::App& app) {
 }
 
 constexpr std::array<const char*, 3> kAllocations = {"uniform", "greedy", "lagrangian"};  // by Allocation
-const char* allocation_name(Allocation allocation) {
-  return kAllocations[static_cast<size_t>(allocation)];
-}
 
 /// What was asked for, else the method's own; site scales say by themselves how the budget is shared out.
 Allocation allocation(const Flags& f, const CLI::App& app) {
+  if (f.site_scale == kSearch) {
+    if (!f.allocation.empty() && f.allocation != "uniform")
+      fail("--site-scale search: --allocation ", f.allocation, " shares the budget out by itself");
+    return Allocation::sites;
+  }
   const auto* named = std::find(kAllocations.begin(), kAllocations.end(), f.allocation);
   if (named != kAllocations.end()) return static_cast<Allocation>(named - kAllocations.begin());
   const bool scaled = !f.preset.empty() || app.get_option("--site-scale")->count() > 0;
@@ -90,7 +95,8 @@ std::vector<int32_t> calibration_tokens(const Flags& f, int64_t& window) {
   window = std::min(window, wanted);
   if (f.calib.empty())
     fail("--calib: method ", f.method,
-         ", --allocation or --rounding gptq (the default for int4) needs a calibration text");
+         ", --allocation, --site-scale search or --rounding gptq (the default for int4) needs a calibration "
+         "text");
   const std::string text = read_file(f.calib);
   if (text.empty()) fail(f.calib, ": is empty");
   const std::vector<TokenId> ids = Tokenizer::load(f.model).encode(text, false);
@@ -143,11 +149,10 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
   refuse(wants.rotation ? "--score" : "--rotate");
   if (app.get_option("--bases")->count() > 0 && app.get_option("--pool")->count() > 0)
     fail("--pool: --bases says the same and more, give one of them");
-  if (wants.magnitudes && choice.allocation == Allocation::lagrangian)
-    fail("--allocation lagrangian: method ", f.method, " needs a layer's cuts before the next layer is seen");
   for (const char* option : {"--currency", "--shrink"}) {
-    if (choice.allocation != Allocation::lagrangian && app.get_option(option)->count() > 0)
-      fail(option, ": --allocation ", allocation_name(choice.allocation), " does not use it");
+    if (!by_curves(choice) && app.get_option(option)->count() > 0)
+      fail(option, ": --allocation ", kAllocations[static_cast<size_t>(choice.allocation)],
+           " does not use it");
   }
   if (wants.magnitudes) refuse("--score");
   if (!wants.mix) refuse("--mix");
@@ -159,7 +164,8 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
                    f.method.c_str());
   }
   const bool scaled = app.get_option("--site-scale")->count() > 0;
-  if (choice.allocation != Allocation::uniform && (scaled || !f.preset.empty()))
+  const bool uniform = choice.allocation == Allocation::uniform || choice.allocation == Allocation::sites;
+  if (!uniform && (scaled || !f.preset.empty()))
     fail(scaled ? "--site-scale" : "--preset", ": --allocation ", f.allocation,
          " shares the budget out by itself");
   if (!quantises(options.types) && app.get_option("--rounding")->count() > 0)
@@ -201,6 +207,11 @@ SparsifyOptions read_options(Flags& f, const CLI::App& app) {
                     : f.currency == "relative" ? Currency::relative
                     : f.currency == "update"   ? Currency::update
                                                : Currency::none;
+  if (choice.allocation == Allocation::sites && choice.currency == Currency::none) {
+    if (app.get_option("--currency")->count() > 0)
+      fail("--currency none: --site-scale search adds up the errors of all layers, expected another one");
+    choice.currency = Currency::relative;
+  }
   choice.stream = f.calib_stream == "dense" ? Stream::dense : Stream::thinned;
   choice.mix = f.mix;
   choice.after_gain = f.select == "gained";
@@ -244,20 +255,27 @@ void declare_budget(CLI::App& app, const std::shared_ptr<Flags>& f) {
   app.add_flag("--budget-includes-adapter", f->count_adapters,
                "Count the adapters' bytes as read: the projections drop so much more, or larosa has none "
                "(--basis-layers)");
-  app.add_option("--site-scale", f->site_scale, "Relative sparsity of h1,h2,h3,h4")->capture_default_str();
+  app.add_option(
+         "--site-scale", f->site_scale,
+         "Relative sparsity of h1,h2,h3,h4, or search: by the curves of --allocation lagrangian, added "
+         "up over the layers")
+      ->capture_default_str();
   app.add_option(
          "--allocation", f->allocation,
          "uniform: the same in every layer, by --site-scale; greedy: within each layer, by what it costs the "
          "layer's output; lagrangian: by curves of what each group alone costs its layer's output (default: "
          "lagrangian for larosa, uniform for other methods, with --preset and with --site-scale)")
       ->check(CLI::IsMember({"uniform", "greedy", "lagrangian"}));
-  app.add_option("--shrink", f->shrink,
-                 "lagrangian only: how far its levels go back to the uniform ones, 0 to 1")
+  app.add_option(
+         "--shrink", f->shrink,
+         "lagrangian and --site-scale search only: how far their levels go back to the uniform ones, 0 "
+         "to 1")
       ->capture_default_str();
-  app.add_option("--currency", f->currency,
-                 "lagrangian only: errors relative to what a layer adds to the stream (update), to the "
-                 "layer's output "
-                 "(relative), as they are in the stream (absolute); none: every layer meets the budget alone")
+  app.add_option(
+         "--currency", f->currency,
+         "lagrangian and --site-scale search only: errors relative to what a layer adds to the stream "
+         "(update), to the layer's output (relative, the default of search), as they are in the stream "
+         "(absolute); none: every layer meets the budget alone")
       ->check(CLI::IsMember({"update", "relative", "absolute", "none"}))
       ->capture_default_str();
   app.add_option(

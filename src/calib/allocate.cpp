@@ -1,6 +1,7 @@
 #include "calib/allocate.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "base/error.h"
@@ -109,6 +110,26 @@ std::vector<double> lagrangian_levels(const std::vector<Curve>& curves, double s
   std::vector<double> levels;
   for (const Slopes& s : slopes) levels.push_back(sparsity > 0 ? s.level_at(high) : 0);
   return levels;
+}
+
+std::array<double, 4> search_site_scale(const std::vector<LayerPlan>& layers,
+                                        const std::vector<Curve>& curves, double sparsity, double shrink) {
+  std::vector<Curve> sites(kSites.size(), Curve{0, std::vector<double>(kCurveLevels.size())});
+  auto curve = curves.begin();
+  for (const LayerPlan& layer : layers) {
+    for (const Group& group : layer.groups) {
+      Curve& site = sites[static_cast<size_t>(site_of(group.projections[0]))];
+      site.weight += curve->weight;
+      for (size_t i = 0; i < site.errors.size(); ++i) site.errors[i] += curve->errors[i];
+      ++curve;
+    }
+  }
+  CHECK(curve == curves.end());
+  const std::vector<double> levels = lagrangian_levels(sites, sparsity);
+  std::array<double, 4> scale{1, 1, 1, 1};
+  for (size_t i = 0; sparsity > 0 && i < scale.size(); ++i)
+    scale[i] = std::round(1000 * std::lerp(levels[i] / sparsity, 1.0, shrink)) / 1000;
+  return scale;
 }
 
 Levels greedy_levels(const ModelConfig& config, const LayerPlan& outline, double sparsity,

@@ -34,4 +34,11 @@ inline constexpr std::array<double, 7> kCurveLevels = {0.2, 0.35, 0.5, 0.65, 0.8
 /// sparsity exceeds kMostSparse.
 std::vector<double> lagrangian_levels(const std::vector<Curve>& curves, double sparsity);
 
+/// The site_scale of uniform_levels that makes the sum of errors least, levels being the same in every layer:
+/// the curves of a site are added up, and lagrangian_levels shares the budget out over the four sums; then
+/// `shrink` of the way back to ones. In thousandths, so that who names them gets the same plan. curves: one
+/// for each group of layer after layer.
+std::array<double, 4> search_site_scale(const std::vector<LayerPlan>& layers,
+                                        const std::vector<Curve>& curves, double sparsity, double shrink);
+
 }  // namespace larosa

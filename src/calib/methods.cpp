@@ -80,6 +80,11 @@ LayerPlan plan_layer(const Method& method, const LayerTask& task) {
 }
 
 Plan plan_model(const Method& method, const ModelConfig& config, const Choice& choice) {
+  const Wants wants = method.wants(choice);
+  if (wants.magnitudes && by_curves(choice)) {
+    fail(choice.allocation == Allocation::sites ? "--site-scale search" : "--allocation lagrangian",
+         ": method ", method.name, " needs a layer's cuts before the next layer is seen");
+  }
   Plan plan;
   plan.method = method.name;
   plan.form = choice.form == Form::folded ? "folded" : "simulate";
@@ -91,7 +96,6 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
     fail("--method ", method.name,
          ": the model was trained to select its inputs itself (sparse_ratio), expected dense");
   plan.sparsity = choice.sparsity;
-  const Wants wants = method.wants(choice);
   if (wants.rotation)
     plan.notes["rotate"] = choice.rotate ? "on" : "off";
   else if (!wants.magnitudes)
@@ -100,21 +104,24 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
     plan.notes["mix"] = std::to_string(choice.mix);
   if (!(choice.shrink >= 0 && choice.shrink <= 1))
     fail("--shrink ", choice.shrink, ": expected a number from 0 to 1");
-  if (choice.allocation != Allocation::uniform) {
-    plan.notes["allocation"] = choice.allocation == Allocation::greedy ? "greedy" : "lagrangian";
-    constexpr const char* kCurrencies[] = {"relative", "update", "absolute", "none"};
-    if (choice.allocation == Allocation::lagrangian) {
-      std::ostringstream shrink;
-      shrink << choice.shrink;
-      plan.notes["currency"] = kCurrencies[static_cast<int>(choice.currency)];
-      plan.notes["shrink"] = shrink.str();
-    }
-    return plan;
+  constexpr const char* kAllocations[] = {"uniform", "greedy", "lagrangian", "site scales"};
+  constexpr const char* kCurrencies[] = {"relative", "update", "absolute", "none"};
+  if (choice.allocation != Allocation::uniform)
+    plan.notes["allocation"] = kAllocations[static_cast<int>(choice.allocation)];
+  if (by_curves(choice)) {
+    std::ostringstream shrink;
+    shrink << choice.shrink;
+    plan.notes["currency"] = kCurrencies[static_cast<int>(choice.currency)];
+    plan.notes["shrink"] = shrink.str();
   }
-  std::ostringstream scales;
-  for (size_t i = 0; i < 4; ++i) scales << (i > 0 ? "," : "") << choice.site_scale[i];
-  plan.notes["site_scale"] = scales.str();
+  if (choice.allocation == Allocation::uniform) plan.notes["site_scale"] = site_scale_text(choice.site_scale);
   return plan;
+}
+
+std::string site_scale_text(const std::array<double, 4>& site_scale) {
+  std::ostringstream text;
+  for (size_t i = 0; i < 4; ++i) text << (i > 0 ? "," : "") << site_scale[i];
+  return text.str();
 }
 
 Rule topk_rule(const LayerTask& task, Projection p) {

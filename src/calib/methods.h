@@ -28,8 +28,9 @@ enum class Score { magnitude, norm };
 enum class Source { pooled, h1, separate };
 /// How the budget is shared out. uniform: the same levels in every layer, by site_scale; greedy: within each
 /// layer, by what it costs the layer's output (TEAL, arXiv 2408.14690 §4.3); lagrangian: within each layer,
-/// or over all in a Currency, by curves of what each group alone costs its layer's output.
-enum class Allocation { uniform, greedy, lagrangian };
+/// or over all in a Currency, by curves of what each group alone costs its layer's output; sites: uniform
+/// with a site_scale found by these curves, added up over the layers.
+enum class Allocation { uniform, greedy, lagrangian, sites };
 /// What makes errors of different layers comparable: each token's relative to the square of the layer's dense
 /// output, or of what the layer adds to the stream, or as they are in the stream that all layers add to; or
 /// nothing does, and every layer meets the budget by itself.
@@ -50,8 +51,8 @@ struct Choice {
   bool rotate_h2 = true;     // attention output in a basis per KV head
   Allocation allocation = Allocation::uniform;
   Currency currency = Currency::none;
-  // lagrangian: how far its levels go back to the uniform ones, 0 to 1. Half way loses to uniform in one
-  // cell of nine, by 0.5 %; 0 is better from 50 % on (demo-7m: 2 % at 50, 6 % at 60 %) but behind uniform
+  // lagrangian, sites: how far their levels go back to the uniform ones, 0 to 1. Half way loses to uniform in
+  // one cell of nine, by 0.5 %; 0 is better from 50 % on (demo-7m: 2 % at 50, 6 % at 60 %) but behind uniform
   // levels at 25 % (mix-88m: 0.1 to 1 %; docs/results.md, Allocation).
   double shrink = 0.5;
   Stream stream = Stream::thinned;
@@ -153,6 +154,14 @@ inline constexpr double kMostSparse = 0.95;
 /// in weights). Throws Error when sparsity is outside [0, 0.95] or no s reaches it.
 Levels uniform_levels(const ModelConfig& config, double sparsity, const std::array<double, 4>& site_scale);
 
+/// As --site-scale takes it: "0.8,1.2,0.8,1.2".
+std::string site_scale_text(const std::array<double, 4>& site_scale);
+
+/// The budget is shared out by error curves.
+inline bool by_curves(const Choice& choice) {
+  return choice.allocation == Allocation::lagrangian || choice.allocation == Allocation::sites;
+}
+
 /// Entries kept of `dim` at a level: round(dim (1 − level)), at least 1.
 int64_t keep_of(int64_t dim, double level);
 
@@ -163,7 +172,7 @@ bool ends_basis(const ModelConfig& config, const Choice& choice, int64_t l);
 LayerPlan plan_layer(const Method& method, const LayerTask& task);
 
 /// What `method` does to a model without looking at a text: every layer at uniform_levels. Names no source
-/// model and no calibration. Throws as uniform_levels.
+/// model and no calibration. Throws as uniform_levels, and for what the method does not offer.
 Plan plan_model(const Method& method, const ModelConfig& config, const Choice& choice);
 
 /// Top-K at p's level, by the score that was asked for.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <filesystem>
 
 #include "calib/allocate.h"
@@ -80,10 +81,6 @@ std::vector<int32_t> planning_tokens(const SparsifyJob& job, int64_t& window) {
   return tokens;
 }
 
-bool lagrangian(const SparsifyJob& job) {
-  return job.choice.allocation == Allocation::lagrangian;
-}
-
 LayerTask task_of(const SparsifyJob& job, int64_t l) {
   return {job.config, job.choice, l, uniform_levels(job.config, job.choice.sparsity, job.choice.site_scale)};
 }
@@ -105,12 +102,12 @@ void plan_next_layer(const SparsifyJob& job, Calibration& calibration, int64_t l
   const Checkpoint file = Checkpoint::open_file(folded.string());
   Layer layer = load_stored_layer(file, job.config, job.plan.layers[static_cast<size_t>(l)], l);
   const auto memory = place(layer, job.config, job.backend);
-  if (!found && lagrangian(job)) {
+  if (!found && by_curves(job.choice)) {
     job.findings.write_curves(l, find_curves(job.method, task_of(job, l), layer, calibration));
   } else if (!found) {
     job.findings.write_plan(l, find_plan(job.method, task_of(job, l), layer, calibration));
   }
-  if (!lagrangian(job)) layer.plan = plan_from_findings(job, l);
+  if (!by_curves(job.choice)) layer.plan = plan_from_findings(job, l);
   const bool thinned = job.wants.magnitudes && job.choice.stream == Stream::thinned;
   if (l + 1 < job.config.layers) calibration.walk(layer, l, Pass{!thinned, nullptr}, throw_if_interrupted);
   fs::remove(folded);
@@ -141,6 +138,16 @@ void share_out(SparsifyJob& job, const std::vector<Curve>& curves) {
   }
 }
 
+/// The layers' plans by the site scales that the curves of all of them ask for.
+void scale_sites(SparsifyJob& job, const std::vector<Curve>& curves) {
+  Choice& choice = job.choice;
+  choice.site_scale = search_site_scale(job.plan.layers, curves, choice.sparsity, choice.shrink);
+  const std::string found = job.plan.notes["site_scale"] = site_scale_text(choice.site_scale);
+  std::fprintf(stderr, "sparsify: --site-scale %s found\n", found.c_str());
+  for (int64_t l = 0; l < job.config.layers; ++l)
+    job.plan.layers[static_cast<size_t>(l)] = plan_layer(job.method, task_of(job, l));
+}
+
 }  // namespace
 
 bool plans_by_text(const Method& method, const Choice& choice) {
@@ -152,7 +159,7 @@ void plan_layers(SparsifyJob& job) {
   const Findings& findings = job.findings;
   int64_t finished = 0;
   while (finished < config.layers &&
-         (lagrangian(job) ? findings.has_curves(finished) : findings.has_plan(finished)))
+         (by_curves(job.choice) ? findings.has_curves(finished) : findings.has_plan(finished)))
     ++finished;
   int64_t window = 0;
   const std::vector<int32_t> tokens = planning_tokens(job, window);
@@ -164,7 +171,7 @@ void plan_layers(SparsifyJob& job) {
   for (int64_t l = 0; l < config.layers; ++l) {
     if (finished < config.layers) plan_next_layer(job, calibration, l, l < finished);
     LayerPlan& plan = job.plan.layers[static_cast<size_t>(l)];
-    if (lagrangian(job)) {
+    if (by_curves(job.choice)) {
       const std::vector<Curve> found = findings.read_curves(l, config, plan);
       curves.insert(curves.end(), found.begin(), found.end());
     } else {
@@ -172,7 +179,8 @@ void plan_layers(SparsifyJob& job) {
     }
     job.tick(kPlanUnits, job.layer_note("planning", l));
   }
-  if (lagrangian(job)) share_out(job, curves);
+  if (job.choice.allocation == Allocation::lagrangian) share_out(job, curves);
+  if (job.choice.allocation == Allocation::sites) scale_sites(job, curves);
   validate(job.plan, plan_shape(config), job.partial);
 }
 
