@@ -69,6 +69,10 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   expect_refused(sparsify("topk", {"--site-scale", "search"}), {"--calib", "topk"});
   expect_refused(sparsify("topk", {"--site-scale", "find"}), {"--site-scale find", "search"});
   expect_refused(sparsify("wina", {"--bases", "separate"}), {"--bases", "wina"});
+  for (const char* method : {"topk", "wina", "dense"})
+    expect_refused(sparsify(method, {"--basis-weights", "0.1"}), {"--basis-weights", method});
+  for (const char* share : {"-1", "nan"})
+    expect_refused(sparsify("larosa", {"--basis-weights", share, "--calib", text()}), {"--basis-weights"});
   expect_refused(sparsify("wina", {"--score", "norm"}), {"--score", "wina"});
   expect_refused(sparsify("larosa", {"--bases", "h1", "--pool", "on", "--calib", text()}),
                  {"--pool", "--bases"});

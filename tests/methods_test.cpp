@@ -140,6 +140,122 @@ TEST_F(Methods, AdaptersTurnTheSkipPathAlone) {
   EXPECT_LT(relative_rms(sum(layer.adapter, seen, run), last), 1e-5);
 }
 
+/// H of one site of a layer, dense, of the stream without its gain; in plain sums.
+struct SecondMoment : Observer {
+  SecondMoment(Site at, float norm_eps, int64_t dim) : site(at), eps(norm_eps), sum(dim, dim) {}
+  void see(Site where, Mat, Mat stream) override {
+    if (where != site) return;
+    for (int64_t t = 0; t < stream.rows; ++t) {
+      const float* x = stream.row(t);
+      double size = eps;
+      for (int64_t i = 0; i < stream.cols; ++i)
+        size += double{x[i]} * x[i] / static_cast<double>(stream.cols);
+      for (int64_t i = 0; i < stream.cols; ++i)
+        for (int64_t j = 0; j < stream.cols; ++j) sum.row(i)[j] += double{x[i]} * x[j] / size;
+    }
+  }
+  Site site;
+  double eps;
+  Matrix sum;
+};
+
+/// --basis-weights: the stored basis diagonalises H + λ G, both of mean diagonal 1, with descending values.
+TEST_F(Methods, BasesOfDataAndWeights) {
+  const std::string source = source_path("tests/golden/models/llama3.1-f32");
+  const Model model = load_model(source);
+  const ModelConfig& c = model.config;
+  const auto tokens = some_tokens(c.vocab, 8 * kWindow, 7);  // as Sparsify::make
+  const auto moment = [&](int64_t l, Site site) {
+    SecondMoment found(site, c.norm_eps, c.dim);
+    Decoder decoder(c, *backend_);
+    for (size_t w = 0; w < 8; ++w) {
+      std::vector<float> rows(static_cast<size_t>(kWindow * c.dim));
+      Mat x(rows.data(), kWindow, c.dim);
+      decoder.embed(model.outer, std::span(tokens).subspan(w * kWindow, kWindow), x);
+      const auto cache = backend_->make_kv_cache({c.layers, c.kv_heads, c.head_dim, kWindow, DType::f32});
+      for (int64_t k = 0; k <= l; ++k)
+        x = decoder.layer(model.layers[static_cast<size_t>(k)], k, *cache, k, 0, x,
+                          Pass{true, k == l ? &found : nullptr});
+    }
+    return found.sum;
+  };
+  const auto gram = [&](int64_t l, std::vector<Projection> readers, const float* gain) {
+    Matrix sum(c.dim, c.dim);
+    for (const Projection p : readers) {
+      const Weight& w = model.layers[static_cast<size_t>(l)].weights[p];
+      const std::vector<float> values = read_weight(w);
+      const auto at = [&](int64_t n, int64_t i) {
+        return double{values[static_cast<size_t>(w.layout == Layout::rows ? n * w.in + i : i * w.out + n)]} *
+               gain[i];
+      };
+      for (int64_t n = 0; n < w.out; ++n)
+        for (int64_t i = 0; i < c.dim; ++i)
+          for (int64_t j = 0; j < c.dim; ++j) sum.row(i)[j] += at(n, i) * at(n, j);
+    }
+    return sum;
+  };
+  const auto add = [](Matrix& sum, const Matrix& m, double factor = 1) {
+    for (size_t i = 0; i < m.data.size(); ++i) sum.data[i] += factor * m.data[i];
+  };
+  const auto trace = [](const Matrix& m) {
+    double sum = 0;
+    for (int64_t i = 0; i < m.rows; ++i) sum += m.row(i)[i];
+    return sum;
+  };
+  using enum Projection;
+  constexpr double kShare = 0.7;
+  for (const auto& [from, layers] :
+       {std::pair{Source::pooled, 1}, {Source::pooled, 0}, {Source::h1, 1}, {Source::separate, 1}}) {
+    SparsifyOptions options = with_sparsity(0.5);
+    options.choice.form = Form::simulate;  // stores its bases
+    options.choice.source = from;
+    options.choice.basis_layers = layers;
+    options.choice.basis_weights = kShare;
+    TemporaryDir dir;
+    make(source, dir / "out", options);
+    const Model made = load_model(dir / "out");
+    EXPECT_EQ(made.plan.notes.at("basis_weights"), "0.7");
+    for (const size_t g : {size_t{0}, size_t{2}}) {  // q k v, and gate up
+      Matrix data(c.dim, c.dim), weights(c.dim, c.dim);
+      for (int64_t l = 0; l < (layers == 0 ? c.layers : 1); ++l) {
+        const LayerWeights& w = model.layers[static_cast<size_t>(l)].weights;
+        const bool first = from != Source::separate || g == 0, second = from != Source::separate || g == 2;
+        if (first) add(data, moment(l, Site::h1));
+        if (second && from != Source::h1) add(data, moment(l, Site::h3));
+        if (first) add(weights, gram(l, {wq, wk, wv}, w.norm_attn));
+        if (second) add(weights, gram(l, {gate, up}, w.norm_mlp));
+      }
+      Matrix mixed(c.dim, c.dim);
+      add(mixed, data, 1 / trace(data));
+      add(mixed, weights, kShare / trace(weights));
+      const std::vector<float> basis = read_weight(made.layers[0].groups[g].basis);  // (D, D) channels
+      double before = 1, off = 0;
+      for (int64_t a = 0; a < c.dim; ++a) {
+        std::vector<double> turned(static_cast<size_t>(c.dim));
+        for (int64_t i = 0; i < c.dim; ++i)
+          for (int64_t j = 0; j < c.dim; ++j)
+            turned[static_cast<size_t>(i)] +=
+                mixed.row(i)[j] * double{basis[static_cast<size_t>(j * c.dim + a)]};
+        for (int64_t b = 0; b < c.dim; ++b) {
+          double value = 0;
+          for (int64_t i = 0; i < c.dim; ++i)
+            value += double{basis[static_cast<size_t>(i * c.dim + b)]} * turned[static_cast<size_t>(i)];
+          if (a != b) off = std::max(off, std::abs(value));
+          if (a == b) {
+            EXPECT_LE(value, before * (1 + 1e-6));
+            before = value;
+          }
+        }
+      }
+      EXPECT_LT(off, 1e-6 * trace(mixed)) << g;
+    }
+  }
+  SparsifyOptions options = with_sparsity(0.5);
+  options.choice.basis_weights = -1;
+  EXPECT_NE(message_of([&] { make(source, "unused", options); }).find("--basis-weights -1"),
+            std::string::npos);
+}
+
 /// WINA: channels of k and gate are orthogonal, and their norms alone score.
 TEST_F(Methods, WinaMakesChannelsOrthogonal) {
   TemporaryDir dir;
@@ -467,10 +583,14 @@ TEST_F(Methods, BasesAndCurvesServeEverySparsity) {
   options.choice.sparsity = 0.5;
   make(source, dir / "out", options);
   expect_same_files(dir / "alone", dir / "out");
-  options.choice.rotate_h2 = false;
-  EXPECT_NE(message_of([&] { make(source, dir / "other", options); }).find("begun with other options"),
-            std::string::npos);
-  options.choice.rotate_h2 = true;
+  const Choice same = options.choice;
+  for (const bool weights : {false, true}) {
+    if (weights) options.choice.basis_weights = 0.1;
+    if (!weights) options.choice.rotate_h2 = false;
+    EXPECT_NE(message_of([&] { make(source, dir / "other", options); }).find("begun with other options"),
+              std::string::npos);
+    options.choice = same;
+  }
   for (const char* name : {"curves-1.json", "basis-1.safetensors"}) {
     const std::string file = dir / (std::string("kept/") + name);
     const std::string bytes = file_bytes(file);

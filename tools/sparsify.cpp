@@ -23,7 +23,7 @@ struct Flags {
                              rotate = "on", rotate_h2 = "on", score = "norm", select = "normalised",
                              site_scale = "1,1,1,1", allocation, currency = "none", calib_stream = "thinned",
                              weights = "source", adapter_weights, head_weights, embed_weights, rounding;
-  double sparsity = 0.5, mix = Choice{}.mix, shrink = Choice{}.shrink;
+  double sparsity = 0.5, mix = Choice{}.mix, shrink = Choice{}.shrink, basis_weights = 0;
   int64_t calib_tokens = 0;
   std::optional<int64_t> basis_layers;
   bool check_tensors = false, count_adapters = false;
@@ -143,7 +143,8 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
   };
   const Wants wants = method.wants(choice);
   if (!wants.moments) {
-    for (const char* option : {"--pool", "--bases", "--basis-layers", "--rotate-h2", "--select", "--preset"})
+    for (const char* option :
+         {"--pool", "--bases", "--basis-layers", "--basis-weights", "--rotate-h2", "--select", "--preset"})
       refuse(option);
   }
   refuse(wants.rotation ? "--score" : "--rotate");
@@ -198,6 +199,7 @@ SparsifyOptions read_options(Flags& f, const CLI::App& app) {
   choice.form = f.form == "folded" ? Form::folded : Form::simulate;
   choice.score = f.score == "norm" ? Score::norm : Score::magnitude;
   choice.source = basis_source(f);
+  choice.basis_weights = f.basis_weights;
   choice.rotate = f.rotate == "on";
   choice.rotate_h2 = f.rotate_h2 == "on";
   choice.basis_layers = basis_layers(f, find_method(f.method).wants(choice));
@@ -314,6 +316,12 @@ void declare_bases(CLI::App& app, const std::shared_ptr<Flags>& f) {
                  "1; 0 with "
                  "--budget-includes-adapter, but for --preset and --bases separate)")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 20));
+  app.add_option(
+         "--basis-weights", f->basis_weights,
+         "Share of the weights that read it in the stream's basis, that of H + SHARE G: H second moments "
+         "of the calibration text, G Gram matrices of the weights, of equal mean diagonals; 0: the text "
+         "alone")
+      ->capture_default_str();
   app.add_option("--rotate", f->rotate, "wina only: in the bases that make k and gate orthogonal")
       ->check(on_off)
       ->capture_default_str();

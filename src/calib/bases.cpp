@@ -1,13 +1,29 @@
 #include "calib/bases.h"
 
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
+#include "calib/matrix.h"
 #include "calib/sparsify_job.h"
 #include "calib/statistics.h"
 
 namespace larosa {
 namespace {
+
+/// Adds the Gram matrices of layer l's weights, as they read what the moments are of: gains are merged unless
+/// they come before it.
+void add_grams(const SparsifyJob& job, int64_t l, Moments& moments) {
+  using enum Projection;
+  const LayerWeights w = load_layer(job.checkpoint, job.config, l);
+  const auto add = [&](std::initializer_list<Projection> readers, const float* gain, Matrix& gram) {
+    if (gram.empty()) gram = Matrix(job.config.dim, job.config.dim);
+    for (const Projection p : readers)
+      add_gram(w[p], job.choice.after_gain ? nullptr : gain, gram, *job.algebra);
+  };
+  add({wq, wk, wv}, w.norm_attn, moments.g1);
+  add({gate, up}, w.norm_mlp, moments.g3);
+}
 
 /// Bases of the layers up to `last`, which share the stream's moments.
 void write_group(const SparsifyJob& job, int64_t last, std::vector<Moments>& group) {
@@ -27,7 +43,7 @@ void write_group(const SparsifyJob& job, int64_t last, std::vector<Moments>& gro
     if (l == first) {
       shared.stream = bases.stream;
       shared.mlp = bases.mlp;
-      group[0].h1 = group[0].h3 = Matrix();
+      for (Matrix* m : {&group[0].h1, &group[0].h3, &group[0].g1, &group[0].g3}) *m = Matrix();
     }
     bases.stream = shared.stream;
     bases.mlp = shared.mlp;
@@ -54,6 +70,7 @@ void from_moments(SparsifyJob& job) {
     layer.groups.resize(layer.plan.groups.size());
     const auto memory = place(layer, config, job.backend);
     group.push_back(calibration.moments(layer, l, wants, job.choice, [&] { job.tick(1, note); }));
+    if (l >= finished && job.choice.basis_weights > 0) add_grams(job, l, group.front());
     job.release_layer(l);
     if (!ends_basis(config, job.choice, l)) continue;
     if (l >= finished) write_group(job, l, group);

@@ -8,6 +8,18 @@
 
 namespace larosa {
 
+void add_gram(const Weight& weight, const float* gain, Matrix& gram, Algebra& algebra) {
+  Matrix rows(weight.out, weight.in);
+  for (int64_t j = 0; j < weight.out; ++j) {
+    for (int64_t i = 0; i < weight.in; ++i) {
+      const int64_t at = weight.layout == Layout::rows ? j * weight.in + i : i * weight.out + j;
+      rows.row(j)[i] = static_cast<double>(load_element(weight.data, weight.dtype, at)) *
+                       (gain ? static_cast<double>(gain[i]) : 1.0);
+    }
+  }
+  algebra.add_second_moment(rows, gram);
+}
+
 Matrix transposed(const Matrix& a) {
   Matrix t(a.cols, a.rows);
   for (int64_t i = 0; i < a.rows; ++i) {

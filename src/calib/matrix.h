@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/matrix.h"
+#include "base/types.h"
 
 namespace larosa {
 
@@ -15,6 +16,9 @@ class Algebra;
 /// singular value decomposition. From the Gram matrix of the shorter side: what is lost to squaring lies far
 /// below the singular values that are kept.
 std::pair<Matrix, Matrix> low_rank(const Matrix& m, int64_t rank, Algebra& algebra);
+
+/// gram += diag(gain) Wᵀ W diag(gain), upper triangle only; gain null: ones.   W (out, in); gram (in, in)
+void add_gram(const Weight& weight, const float* gain, Matrix& gram, Algebra& algebra);
 
 /// Aᵀ.
 Matrix transposed(const Matrix& a);

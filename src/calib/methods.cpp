@@ -102,6 +102,8 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
     plan.notes["score"] = choice.score == Score::norm ? "norm" : "magnitude";
   if (std::ranges::any_of(plan.layers[0].groups, [](const Group& group) { return group.rank > 0; }))
     plan.notes["mix"] = std::to_string(choice.mix);
+  if (!(choice.basis_weights >= 0 && choice.basis_weights <= 1e6))
+    fail("--basis-weights ", choice.basis_weights, ": expected a number from 0 to 1e6");
   if (!(choice.shrink >= 0 && choice.shrink <= 1))
     fail("--shrink ", choice.shrink, ": expected a number from 0 to 1");
   constexpr const char* kAllocations[] = {"uniform", "greedy", "lagrangian", "site scales"};

@@ -47,8 +47,11 @@ struct Choice {
   Score score = Score::norm;
   Source source = Source::pooled;
   int64_t basis_layers = 1;  // neighbouring layers that share the stream's basis; 0: all
-  bool rotate = true;        // wina: in its rotated bases
-  bool rotate_h2 = true;     // attention output in a basis per KV head
+  // λ: the stream's basis is that of H + λ G, H the second moments and G the weights' Gram matrices
+  // (Moments), both scaled to a mean diagonal of 1; 0: of H. Measured in docs/results.md, Ablation.
+  double basis_weights = 0;
+  bool rotate = true;     // wina: in its rotated bases
+  bool rotate_h2 = true;  // attention output in a basis per KV head
   Allocation allocation = Allocation::uniform;
   Currency currency = Currency::none;
   // lagrangian, sites: how far their levels go back to the uniform ones, 0 to 1. Half way loses to uniform in
@@ -66,6 +69,7 @@ struct Choice {
 /// Second moments Σ xᵀx of one layer's activations, upper triangles; empty where not wanted.
 struct Moments {
   Matrix h1, h3;              // (dim, dim)
+  Matrix g1, g3;              // (dim, dim): Σ WᵀW of the weights that read h1 (q k v) and h3 (gate up)
   std::vector<Matrix> heads;  // per KV head (head_dim, head_dim): its query heads' attention outputs
 };
 
@@ -94,7 +98,7 @@ struct BasisTask {
   const ModelConfig& config;
   const Choice& choice;
   const LayerWeights& weights;
-  const Moments& moments;  // stream: of all layers that share the basis, empty but for the first of them
+  const Moments& moments;  // h, g: of all layers that share the basis, empty but for the first of them
   Algebra& algebra;
 };
 

@@ -1,6 +1,7 @@
 #include "calib/outline.h"
 
 #include <algorithm>
+#include <sstream>
 
 #include "base/error.h"
 #include "calib/sparsify_job.h"
@@ -43,6 +44,11 @@ void write_notes(SparsifyJob& job) {
     notes["pool"] = choice.source == Source::pooled ? "on" : "off";
     if (wants.mlp) notes["bases"] = "separate";
     if (choice.basis_layers != 1) notes["basis_layers"] = std::to_string(choice.basis_layers);
+    if (choice.basis_weights > 0) {
+      std::ostringstream share;
+      share << choice.basis_weights;
+      notes["basis_weights"] = share.str();
+    }
     notes["rotate_h2"] = choice.rotate_h2 ? "on" : "off";
     notes["gain"] = choice.after_gain ? "before selection" : "after selection";
   }

@@ -30,6 +30,7 @@ nlohmann::json options_json(const SparsifyOptions& options) {
           {"score", static_cast<int>(choice.score)},
           {"source", static_cast<int>(choice.source)},
           {"basis_layers", choice.basis_layers},
+          {"basis_weights", choice.basis_weights},
           {"rotate", choice.rotate},
           {"rotate_h2", choice.rotate_h2},
           {"mix", choice.mix},

@@ -12,16 +12,8 @@ namespace {
 /// Eigenvectors of diag(gain) W^T W diag(gain). Where W has fewer outputs than inputs (k of grouped-query
 /// attention) the rest of the basis is any orthonormal completion, with norms of 0.
 Matrix orthogonalising(const Weight& weight, const float* gain, Algebra& algebra) {
-  Matrix rows(weight.out, weight.in);
-  for (int64_t j = 0; j < weight.out; ++j) {
-    for (int64_t i = 0; i < weight.in; ++i) {
-      const int64_t at = weight.layout == Layout::rows ? j * weight.in + i : i * weight.out + j;
-      rows.row(j)[i] = static_cast<double>(load_element(weight.data, weight.dtype, at)) *
-                       (gain ? static_cast<double>(gain[i]) : 1.0);
-    }
-  }
   Matrix gram(weight.in, weight.in);
-  algebra.add_second_moment(rows, gram);
+  add_gram(weight, gain, gram, algebra);
   return eigenbasis(gram, 0, algebra);
 }
 
