@@ -23,9 +23,10 @@ struct Flags {
                              rotate = "on", rotate_h2 = "on", score = "norm", select = "normalised",
                              site_scale = "1,1,1,1", allocation, currency = "none", calib_stream = "thinned",
                              weights = "source", adapter_weights, head_weights, embed_weights, rounding;
-  double sparsity = 0.5, mix = Choice{}.mix, shrink = Choice{}.shrink, basis_weights = 0;
+  double sparsity = 0.5, mix = Choice{}.mix, shrink = Choice{}.shrink;
   int64_t calib_tokens = 0;
   std::optional<int64_t> basis_layers;
+  std::optional<double> basis_weights;
   bool check_tensors = false, count_adapters = false;
   MachineOptions machine;
 };
@@ -58,6 +59,11 @@ void apply_preset(Flags& f, const CLI::App& app) {
 }
 
 constexpr std::array<const char*, 3> kAllocations = {"uniform", "greedy", "lagrangian"};  // by Allocation
+
+/// What was asked for, else the method's own; presets are as published.
+double basis_weights(const Flags& f) {
+  return f.basis_weights.value_or(f.preset.empty() ? find_method(f.method).basis_weights : 0);
+}
 
 /// What was asked for, else the method's own; site scales say by themselves how the budget is shared out.
 Allocation allocation(const Flags& f, const CLI::App& app) {
@@ -199,7 +205,7 @@ SparsifyOptions read_options(Flags& f, const CLI::App& app) {
   choice.form = f.form == "folded" ? Form::folded : Form::simulate;
   choice.score = f.score == "norm" ? Score::norm : Score::magnitude;
   choice.source = basis_source(f);
-  choice.basis_weights = f.basis_weights;
+  choice.basis_weights = basis_weights(f);
   choice.rotate = f.rotate == "on";
   choice.rotate_h2 = f.rotate_h2 == "on";
   choice.basis_layers = basis_layers(f, find_method(f.method).wants(choice));
@@ -317,11 +323,10 @@ void declare_bases(CLI::App& app, const std::shared_ptr<Flags>& f) {
                  "--budget-includes-adapter, but for --preset and --bases separate)")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 20));
   app.add_option(
-         "--basis-weights", f->basis_weights,
-         "Share of the weights that read it in the stream's basis, that of H + SHARE G: H second moments "
-         "of the calibration text, G Gram matrices of the weights, of equal mean diagonals; 0: the text "
-         "alone")
-      ->capture_default_str();
+      "--basis-weights", f->basis_weights,
+      "Share of the weights that read it in the stream's basis, that of H + SHARE G: H second moments "
+      "of the calibration text, G Gram matrices of the weights, of equal mean diagonals; 0: the text "
+      "alone (default: 0.3; 0 with --preset paper)");
   app.add_option("--rotate", f->rotate, "wina only: in the bases that make k and gate orthogonal")
       ->check(on_off)
       ->capture_default_str();

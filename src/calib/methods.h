@@ -143,7 +143,9 @@ struct Method {
   Wants (*wants)(const Choice& choice);
   Bases (*bases)(const BasisTask& task);
   LayerPlan (*plan)(const LayerTask& task);
-  Allocation allocation = Allocation::uniform;  // where none is asked for
+  // Where none is asked for:
+  Allocation allocation = Allocation::uniform;
+  double basis_weights = 0;
 };
 
 std::span<const Method> methods();
