@@ -71,7 +71,7 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   expect_refused(sparsify("wina", {"--bases", "separate"}), {"--bases", "wina"});
   for (const char* method : {"topk", "wina", "dense"})
     expect_refused(sparsify(method, {"--basis-weights", "0.1"}), {"--basis-weights", method});
-  for (const char* share : {"-1", "nan"})
+  for (const char* share : {"-1", "nan", ""})
     expect_refused(sparsify("larosa", {"--basis-weights", share, "--calib", text()}), {"--basis-weights"});
   expect_refused(sparsify("wina", {"--score", "norm"}), {"--score", "wina"});
   expect_refused(sparsify("larosa", {"--bases", "h1", "--pool", "on", "--calib", text()}),
@@ -85,6 +85,23 @@ TEST_F(Cli, FlagsThatAMethodDoesNotUse) {
   const auto plan = nlohmann::json::parse(run({"inspect", dir_ / "dense", "--json"}).out)["plan"];
   EXPECT_EQ(plan["sparsity_asked"], 0.0);
   EXPECT_FALSE(plan["notes"].contains("score"));
+}
+
+/// Of data and weights unless a preset or the command says otherwise.
+TEST_F(Cli, TheDefaultBasisIsOfDataAndWeights) {
+  const auto share = [&](const Arguments& options) -> std::string {
+    const std::string made = dir_ / "share";
+    fs::remove_all(made);
+    Arguments a = {"sparsify", model(), "-o", made, "--calib", text()};
+    a.insert(a.end(), options.begin(), options.end());
+    EXPECT_EQ(run(a).code, 0);
+    const auto notes = nlohmann::json::parse(run({"inspect", made, "--json"}).out)["plan"]["notes"];
+    return notes.value("basis_weights", "none");
+  };
+  EXPECT_EQ(share({}), "0.3");
+  EXPECT_EQ(share({"--basis-weights", "0"}), "none");
+  EXPECT_EQ(share({"--preset", "paper"}), "none");
+  EXPECT_EQ(share({"--preset", "paper", "--basis-weights", "0.2"}), "0.2");
 }
 
 TEST_F(Cli, SiteScalesAreFoundAndNamed) {

@@ -61,7 +61,9 @@ void apply_preset(Flags& f, const CLI::App& app) {
 constexpr std::array<const char*, 3> kAllocations = {"uniform", "greedy", "lagrangian"};  // by Allocation
 
 /// What was asked for, else the method's own; presets are as published.
-double basis_weights(const Flags& f) {
+double basis_weights(const Flags& f, const CLI::App& app) {
+  if (!f.basis_weights && app.get_option("--basis-weights")->count() > 0)
+    fail("--basis-weights: is empty, expected a number");
   return f.basis_weights.value_or(f.preset.empty() ? find_method(f.method).basis_weights : 0);
 }
 
@@ -205,7 +207,7 @@ SparsifyOptions read_options(Flags& f, const CLI::App& app) {
   choice.form = f.form == "folded" ? Form::folded : Form::simulate;
   choice.score = f.score == "norm" ? Score::norm : Score::magnitude;
   choice.source = basis_source(f);
-  choice.basis_weights = basis_weights(f);
+  choice.basis_weights = basis_weights(f, app);
   choice.rotate = f.rotate == "on";
   choice.rotate_h2 = f.rotate_h2 == "on";
   choice.basis_layers = basis_layers(f, find_method(f.method).wants(choice));
