@@ -140,9 +140,10 @@ TEST_F(Methods, AdaptersTurnTheSkipPathAlone) {
   EXPECT_LT(relative_rms(sum(layer.adapter, seen, run), last), 1e-5);
 }
 
-/// H of one site of a layer, dense, of the stream without its gain; in plain sums.
+/// H of one site of a layer, dense, of the normalised stream times `gain` (null: ones); in plain sums.
 struct SecondMoment : Observer {
-  SecondMoment(Site at, float norm_eps, int64_t dim) : site(at), eps(norm_eps), sum(dim, dim) {}
+  SecondMoment(Site at, const float* times, float norm_eps, int64_t dim)
+      : site(at), gain(times), eps(norm_eps), sum(dim, dim) {}
   void see(Site where, Mat, Mat stream) override {
     if (where != site) return;
     for (int64_t t = 0; t < stream.rows; ++t) {
@@ -151,10 +152,12 @@ struct SecondMoment : Observer {
       for (int64_t i = 0; i < stream.cols; ++i)
         size += double{x[i]} * x[i] / static_cast<double>(stream.cols);
       for (int64_t i = 0; i < stream.cols; ++i)
-        for (int64_t j = 0; j < stream.cols; ++j) sum.row(i)[j] += double{x[i]} * x[j] / size;
+        for (int64_t j = 0; j < stream.cols; ++j)
+          sum.row(i)[j] += double{x[i]} * x[j] / size * (gain ? double{gain[i]} * gain[j] : 1.0);
     }
   }
   Site site;
+  const float* gain;
   double eps;
   Matrix sum;
 };
@@ -165,8 +168,8 @@ TEST_F(Methods, BasesOfDataAndWeights) {
   const Model model = load_model(source);
   const ModelConfig& c = model.config;
   const auto tokens = some_tokens(c.vocab, 8 * kWindow, 7);  // as Sparsify::make
-  const auto moment = [&](int64_t l, Site site) {
-    SecondMoment found(site, c.norm_eps, c.dim);
+  const auto moment = [&](int64_t l, Site site, const float* gain) {
+    SecondMoment found(site, gain, c.norm_eps, c.dim);
     Decoder decoder(c, *backend_);
     for (size_t w = 0; w < 8; ++w) {
       std::vector<float> rows(static_cast<size_t>(kWindow * c.dim));
@@ -186,7 +189,7 @@ TEST_F(Methods, BasesOfDataAndWeights) {
       const std::vector<float> values = read_weight(w);
       const auto at = [&](int64_t n, int64_t i) {
         return double{values[static_cast<size_t>(w.layout == Layout::rows ? n * w.in + i : i * w.out + n)]} *
-               gain[i];
+               (gain ? double{gain[i]} : 1.0);
       };
       for (int64_t n = 0; n < w.out; ++n)
         for (int64_t i = 0; i < c.dim; ++i)
@@ -204,13 +207,22 @@ TEST_F(Methods, BasesOfDataAndWeights) {
   };
   using enum Projection;
   constexpr double kShare = 0.7;
-  for (const auto& [from, layers] :
-       {std::pair{Source::pooled, 1}, {Source::pooled, 0}, {Source::h1, 1}, {Source::separate, 1}}) {
+  struct Case {
+    Source from;
+    int layers;
+    bool gained;  // moments of what the gain has multiplied, and weights as they are
+  };
+  for (const auto& [from, layers, gained] : {Case{Source::pooled, 1, false},
+                                             {Source::pooled, 0, false},
+                                             {Source::h1, 1, false},
+                                             {Source::separate, 1, false},
+                                             {Source::pooled, 1, true}}) {
     SparsifyOptions options = with_sparsity(0.5);
     options.choice.form = Form::simulate;  // stores its bases
     options.choice.source = from;
     options.choice.basis_layers = layers;
     options.choice.basis_weights = kShare;
+    options.choice.after_gain = gained;
     TemporaryDir dir;
     make(source, dir / "out", options);
     const Model made = load_model(dir / "out");
@@ -220,10 +232,12 @@ TEST_F(Methods, BasesOfDataAndWeights) {
       for (int64_t l = 0; l < (layers == 0 ? c.layers : 1); ++l) {
         const LayerWeights& w = model.layers[static_cast<size_t>(l)].weights;
         const bool first = from != Source::separate || g == 0, second = from != Source::separate || g == 2;
-        if (first) add(data, moment(l, Site::h1));
-        if (second && from != Source::h1) add(data, moment(l, Site::h3));
-        if (first) add(weights, gram(l, {wq, wk, wv}, w.norm_attn));
-        if (second) add(weights, gram(l, {gate, up}, w.norm_mlp));
+        const auto of_data = [&](const float* gain) { return gained ? gain : nullptr; };
+        const auto of_weights = [&](const float* gain) { return gained ? nullptr : gain; };
+        if (first) add(data, moment(l, Site::h1, of_data(w.norm_attn)));
+        if (second && from != Source::h1) add(data, moment(l, Site::h3, of_data(w.norm_mlp)));
+        if (first) add(weights, gram(l, {wq, wk, wv}, of_weights(w.norm_attn)));
+        if (second) add(weights, gram(l, {gate, up}, of_weights(w.norm_mlp)));
       }
       Matrix mixed(c.dim, c.dim);
       add(mixed, data, 1 / trace(data));

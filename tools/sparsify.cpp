@@ -58,8 +58,6 @@ void apply_preset(Flags& f, const CLI::App& app) {
   preset("--select", f.select, f.form == "simulate" ? "gained" : "normalised");
 }
 
-constexpr std::array<const char*, 3> kAllocations = {"uniform", "greedy", "lagrangian"};  // by Allocation
-
 /// What was asked for, else the method's own; presets are as published.
 double basis_weights(const Flags& f, const CLI::App& app) {
   if (!f.basis_weights && app.get_option("--basis-weights")->count() > 0)
@@ -74,8 +72,8 @@ Allocation allocation(const Flags& f, const CLI::App& app) {
       fail("--site-scale search: --allocation ", f.allocation, " shares the budget out by itself");
     return Allocation::sites;
   }
-  const auto* named = std::find(kAllocations.begin(), kAllocations.end(), f.allocation);
-  if (named != kAllocations.end()) return static_cast<Allocation>(named - kAllocations.begin());
+  const auto* named = std::find(kAllocationNames.begin(), kAllocationNames.end(), f.allocation);
+  if (named != kAllocationNames.end()) return static_cast<Allocation>(named - kAllocationNames.begin());
   const bool scaled = !f.preset.empty() || app.get_option("--site-scale")->count() > 0;
   return scaled ? Allocation::uniform : find_method(f.method).allocation;
 }
@@ -160,7 +158,7 @@ void refuse_unused(const Flags& f, const CLI::App& app, const SparsifyOptions& o
     fail("--pool: --bases says the same and more, give one of them");
   for (const char* option : {"--currency", "--shrink"}) {
     if (!by_curves(choice) && app.get_option(option)->count() > 0)
-      fail(option, ": --allocation ", kAllocations[static_cast<size_t>(choice.allocation)],
+      fail(option, ": --allocation ", kAllocationNames[static_cast<size_t>(choice.allocation)],
            " does not use it");
   }
   if (wants.magnitudes) refuse("--score");

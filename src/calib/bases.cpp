@@ -15,7 +15,7 @@ namespace {
 /// they come before it.
 void add_grams(const SparsifyJob& job, int64_t l, Moments& moments) {
   using enum Projection;
-  const LayerWeights w = load_layer(job.checkpoint, job.config, l);
+  const LayerWeights w = load_layer(job.checkpoint, job.config, l);  // place() may have moved the layer's own
   const auto add = [&](std::initializer_list<Projection> readers, const float* gain, Matrix& gram) {
     if (gram.empty()) gram = Matrix(job.config.dim, job.config.dim);
     for (const Projection p : readers)

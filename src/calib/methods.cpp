@@ -106,10 +106,9 @@ Plan plan_model(const Method& method, const ModelConfig& config, const Choice& c
     fail("--basis-weights ", choice.basis_weights, ": expected a number from 0 to 1e6");
   if (!(choice.shrink >= 0 && choice.shrink <= 1))
     fail("--shrink ", choice.shrink, ": expected a number from 0 to 1");
-  constexpr const char* kAllocations[] = {"uniform", "greedy", "lagrangian", "site scales"};
   constexpr const char* kCurrencies[] = {"relative", "update", "absolute", "none"};
   if (choice.allocation != Allocation::uniform)
-    plan.notes["allocation"] = kAllocations[static_cast<int>(choice.allocation)];
+    plan.notes["allocation"] = kAllocationNames[static_cast<size_t>(choice.allocation)];
   if (by_curves(choice)) {
     std::ostringstream shrink;
     shrink << choice.shrink;

@@ -31,6 +31,8 @@ enum class Source { pooled, h1, separate };
 /// or over all in a Currency, by curves of what each group alone costs its layer's output; sites: uniform
 /// with a site_scale found by these curves, added up over the layers.
 enum class Allocation { uniform, greedy, lagrangian, sites };
+inline constexpr std::array<const char*, 4> kAllocationNames = {"uniform", "greedy", "lagrangian",
+                                                                "site scales"};
 /// What makes errors of different layers comparable: each token's relative to the square of the layer's dense
 /// output, or of what the layer adds to the stream, or as they are in the stream that all layers add to; or
 /// nothing does, and every layer meets the budget by itself.
